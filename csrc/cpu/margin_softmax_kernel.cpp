@@ -1,0 +1,400 @@
+// The row kernel of margin-adjusted softmax cross-entropy for CPUs; ../margin_softmax.h has the formula.
+//
+// A row passes through a scratch buffer that stays in the L1 or L2 cache, in short sweeps:
+//   1. load     logits -> v, and its maximum       (reads the logits, once)
+//   2. exp      v -> exp(v - M), and its sum
+//   3. store    exp * coefficient -> gradient      (writes the gradient, once)
+// Rare options (mask, pairwise margin, probabilities, smoothing, class gradients) are extra sweeps over the scratch,
+// so that the common path has no switch inside a loop. The scratch is padded with v = -inf to whole vectors.
+//
+// This file is compiled once per instruction set and must not include torch or define a symbol outside
+// LTK_CAPABILITY that is not static: see simd.h.
+#include "../margin_softmax.h"
+#include "simd.h"
+
+namespace ltkernels {
+namespace LTK_CAPABILITY {
+namespace {
+
+template <typename A>
+constexpr A kInfinity = static_cast<A>(__builtin_inf());
+
+template <typename A>
+constexpr int64_t kUnroll = 4 * Simd<A>::kLanes;  // scratch is padded to this
+
+template <typename A>
+LTK_INLINE int64_t padded(int64_t classes) {
+  return (classes + kUnroll<A> - 1) / kUnroll<A> * kUnroll<A>;
+}
+
+// ---------------------------------------------------------------------------------------------------- sweep 1: load
+
+enum class Affine { kScale, kBias, kScaleBias };  // s * f, s * f + b, (s * a) * f + b
+
+template <Affine kAffine, typename A, typename T>
+LTK_INLINE A load_adjusted(const T* logits, const MarginSoftmaxArgs<A>& p, A* v) {
+  constexpr int64_t W = Simd<A>::kLanes;
+  const int64_t C = p.classes;
+  const Vec<A> s = broadcast<A>(p.scale);
+  Vec<A> top[2] = {broadcast<A>(-kInfinity<A>), broadcast<A>(-kInfinity<A>)};
+  auto adjust = [&](int64_t j) __attribute__((always_inline)) {
+    Vec<A> x = load(logits + j);
+    if constexpr (kAffine == Affine::kScale) x = x * s;
+    if constexpr (kAffine == Affine::kBias) x = x * s + load(p.bias + j);
+    if constexpr (kAffine == Affine::kScaleBias) x = x * load(p.scaled + j) + load(p.bias + j);
+    store(v + j, x);
+    return x;
+  };
+  int64_t j = 0;
+  for (; j + 2 * W <= C; j += 2 * W) {
+    top[0] = larger(adjust(j), top[0]);
+    top[1] = larger(adjust(j + W), top[1]);
+  }
+  if (j + W <= C) {
+    top[0] = larger(adjust(j), top[0]);
+    j += W;
+  }
+  A best = lane_max<A>(larger(top[0], top[1]));
+  for (; j < C; ++j) {
+    A x = widen(logits[j]);
+    if constexpr (kAffine == Affine::kScale) x = x * p.scale;
+    if constexpr (kAffine == Affine::kBias) x = x * p.scale + p.bias[j];
+    if constexpr (kAffine == Affine::kScaleBias) x = x * p.scaled[j] + p.bias[j];
+    v[j] = x;
+    best = x > best ? x : best;
+  }
+  for (; j < padded<A>(C); ++j) v[j] = -kInfinity<A>;
+  return best;
+}
+
+template <typename A, typename T>
+LTK_INLINE A load_row_as(const MarginSoftmaxArgs<A>& p, int64_t i, A* v) {
+  const T* logits = static_cast<const T*>(p.logits) + i * p.logits_stride;
+  if (p.scaled != nullptr) return load_adjusted<Affine::kScaleBias>(logits, p, v);
+  if (p.bias != nullptr) return load_adjusted<Affine::kBias>(logits, p, v);
+  return load_adjusted<Affine::kScale>(logits, p, v);
+}
+
+template <typename A>
+LTK_INLINE A max_of(const A* v, int64_t size) {
+  constexpr int64_t W = Simd<A>::kLanes;
+  Vec<A> top[2] = {load(v), load(v + W)};
+  for (int64_t j = 2 * W; j < size; j += 2 * W) {
+    top[0] = larger(load(v + j), top[0]);
+    top[1] = larger(load(v + j + W), top[1]);
+  }
+  return lane_max<A>(larger(top[0], top[1]));
+}
+
+// Row i of a matrix in any type, as acc_t.
+template <typename A, typename T>
+void widen_row(const void* matrix, int64_t offset, int64_t classes, A* out) {
+  const T* row = static_cast<const T*>(matrix) + offset;
+  for (int64_t j = 0; j < classes; ++j) out[j] = static_cast<A>(widen(row[j]));
+}
+
+template <typename A>
+void widen_row(const void* matrix, ElementType type, int64_t offset, int64_t classes, A* out) {
+  switch (type) {
+    case ElementType::kFloat: return widen_row<A, float>(matrix, offset, classes, out);
+    case ElementType::kDouble: return widen_row<A, double>(matrix, offset, classes, out);
+    case ElementType::kBFloat16: return widen_row<A, BFloat16>(matrix, offset, classes, out);
+    case ElementType::kHalf: return widen_row<A, Half>(matrix, offset, classes, out);
+  }
+}
+
+template <typename A>
+const bool* mask_row(const MarginSoftmaxArgs<A>& p, int64_t i) {
+  return p.mask == nullptr ? nullptr : p.mask + i * p.mask_stride;
+}
+
+// v of row i with its maximum; `t` is scratch for a row of probabilities.
+template <typename A>
+LTK_INLINE A load_row(const MarginSoftmaxArgs<A>& p, int64_t i, A* v, A* t) {
+  const int64_t C = p.classes;
+  A top;
+  if constexpr (sizeof(A) == 8) {
+    top = load_row_as<A, double>(p, i, v);
+  } else {
+    switch (p.logits_type) {
+      case ElementType::kBFloat16: top = load_row_as<A, BFloat16>(p, i, v); break;
+      case ElementType::kHalf: top = load_row_as<A, Half>(p, i, v); break;
+      default: top = load_row_as<A, float>(p, i, v);
+    }
+  }
+  const bool* mask = mask_row(p, i);
+  const bool spread_margin = p.margin != nullptr && p.index == nullptr;
+  if (p.pairwise != nullptr || mask != nullptr || spread_margin) {
+    if (p.pairwise != nullptr) {
+      const A* delta = p.pairwise + p.index[i] * C;
+      for (int64_t j = 0; j < C; ++j) v[j] += delta[j];
+    }
+    if (spread_margin) {
+      widen_row(p.probability, p.probability_type, i * p.probability_stride, C, t);
+      for (int64_t j = 0; j < C; ++j) v[j] -= p.margin[j] * t[j];
+    }
+    if (mask != nullptr) {
+      for (int64_t j = 0; j < C; ++j) v[j] = mask[j] ? v[j] : -kInfinity<A>;
+    }
+    top = max_of(v, padded<A>(C));
+  }
+  if (p.margin != nullptr && p.index != nullptr) {
+    const int64_t y = p.index[i];
+    const A before = v[y];
+    v[y] = before - p.margin[y];
+    // The maximum must be that of the adjusted row: exp would overflow or vanish under a large margin.
+    if (v[y] > top) top = v[y];
+    else if (before == top && v[y] < before) top = max_of(v, padded<A>(C));
+  }
+  return top;
+}
+
+// ------------------------------------------------------------------------------------------------------ sweep 2: exp
+
+template <bool kStore, typename A>
+LTK_INLINE A exp_sum(A* v, int64_t size, A shift) {
+  constexpr int64_t W = Simd<A>::kLanes;
+  const Vec<A> m = broadcast<A>(shift);
+  Vec<A> sum[4] = {};
+  for (int64_t j = 0; j < size; j += 4 * W) {
+    for (int k = 0; k < 4; ++k) {
+      const Vec<A> e = exp_nonpositive(load(v + j + k * W) - m);
+      if constexpr (kStore) store(v + j + k * W, e);
+      sum[k] += e;
+    }
+  }
+  return lane_sum<A>((sum[0] + sum[1]) + (sum[2] + sum[3]));
+}
+
+template <typename A>
+LTK_INLINE void softmax_from(A* v, int64_t size, A shift, A logsum) {
+  constexpr int64_t W = Simd<A>::kLanes;
+  for (int64_t j = 0; j < size; j += W) {
+    store(v + j, exp_nonpositive((load(v + j) - broadcast<A>(shift)) - broadcast<A>(logsum)));
+  }
+}
+
+// ---------------------------------------------------------------------------------------------------- sweep 3: store
+
+template <typename A, typename T>
+LTK_INLINE void store_scaled(const A* g, A coefficient, const A* scaled, int64_t C, T* out) {
+  constexpr int64_t W = Simd<A>::kLanes;
+  const Vec<A> k = broadcast<A>(coefficient);
+  int64_t j = 0;
+  if (scaled == nullptr) {
+    for (; j + W <= C; j += W) store(out + j, load(g + j) * k);
+    for (; j < C; ++j) out[j] = narrow<T>(g[j] * coefficient);
+  } else {
+    for (; j + W <= C; j += W) store(out + j, load(g + j) * k * load(scaled + j));
+    for (; j < C; ++j) out[j] = narrow<T>(g[j] * coefficient * scaled[j]);
+  }
+}
+
+// grad[i, :] = coefficient * s * a * g, then the target's entry if `y` >= 0, then exact zeros where masked.
+template <typename A, typename T>
+LTK_INLINE void store_gradient_as(
+    const MarginSoftmaxArgs<A>& p, int64_t i, const A* g, A coefficient, int64_t y, A at_target) {
+  T* out = static_cast<T*>(p.grad) + i * p.classes;
+  store_scaled(g, p.scaled == nullptr ? coefficient * p.scale : coefficient, p.scaled, p.classes, out);
+  if (y >= 0) out[y] = narrow<T>(at_target * (p.scaled == nullptr ? p.scale : p.scaled[y]));
+  if (const bool* mask = mask_row(p, i)) {
+    const bool finite = coefficient - coefficient == 0;  // otherwise 0 * coefficient is NaN
+    if (y >= 0 && !mask[y]) out[y] = narrow<T>(A(0));
+    for (int64_t j = 0; !finite && j < p.classes; ++j) {
+      if (!mask[j]) out[j] = narrow<T>(A(0));
+    }
+  }
+}
+
+template <typename A>
+LTK_INLINE void store_gradient(
+    const MarginSoftmaxArgs<A>& p, int64_t i, const A* g, A coefficient, int64_t y, A at_target) {
+  if constexpr (sizeof(A) == 8) {
+    store_gradient_as<A, double>(p, i, g, coefficient, y, at_target);
+  } else {
+    switch (p.logits_type) {
+      case ElementType::kBFloat16: return store_gradient_as<A, BFloat16>(p, i, g, coefficient, y, at_target);
+      case ElementType::kHalf: return store_gradient_as<A, Half>(p, i, g, coefficient, y, at_target);
+      default: return store_gradient_as<A, float>(p, i, g, coefficient, y, at_target);
+    }
+  }
+}
+
+template <typename A>
+LTK_INLINE void zero_gradient(const MarginSoftmaxArgs<A>& p, int64_t i) {
+  const int64_t size = p.logits_type == ElementType::kDouble ? 8 : p.logits_type == ElementType::kFloat ? 4 : 2;
+  std::memset(static_cast<char*>(p.grad) + i * p.classes * size, 0, p.classes * size);
+}
+
+// ----------------------------------------------------------------------------------------------- target distribution
+
+// t' of row i without u, in `t` (zeros in the padding), for probabilities and smoothed indices. Returns T.
+template <typename A>
+A target_distribution(const MarginSoftmaxArgs<A>& p, int64_t i, A* t) {
+  const int64_t C = p.classes;
+  const bool* mask = mask_row(p, i);
+  int64_t allowed = C;
+  if (mask != nullptr) {
+    allowed = 0;
+    for (int64_t j = 0; j < C; ++j) allowed += mask[j];
+  }
+  const A spread = allowed > 0 ? p.smoothing / static_cast<A>(allowed) : 0;
+  if (p.index == nullptr) {
+    widen_row(p.probability, p.probability_type, i * p.probability_stride, C, t);
+    for (int64_t j = 0; j < C; ++j) t[j] = (1 - p.smoothing) * t[j] + spread;
+  } else {
+    for (int64_t j = 0; j < C; ++j) t[j] = spread;
+  }
+  for (int64_t j = 0; mask != nullptr && j < C; ++j) t[j] = mask[j] ? t[j] : 0;
+  if (p.index != nullptr) t[p.index[i]] += 1 - p.smoothing;
+  for (int64_t j = 0; p.weight != nullptr && j < C; ++j) t[j] *= p.weight[j];
+  for (int64_t j = C; j < padded<A>(C); ++j) t[j] = 0;
+  constexpr int64_t W = Simd<A>::kLanes;
+  Vec<A> total = {};
+  for (int64_t j = 0; j < padded<A>(C); j += W) total += load(t + j);
+  return lane_sum<A>(total);
+}
+
+// sum_j t'[j] * (v[j] - M), where a term with t' = 0 is 0.
+template <typename A>
+A expected_logit(const A* t, const A* v, int64_t size, A top) {
+  constexpr int64_t W = Simd<A>::kLanes;
+  Vec<A> sum = {};
+  for (int64_t j = 0; j < size; j += W) {
+    const Vec<A> mass = load(t + j);
+    sum += mass == 0 ? Vec<A>{} : mass * (load(v + j) - broadcast<A>(top));
+  }
+  return lane_sum<A>(sum);
+}
+
+template <typename A>
+LTK_INLINE bool is_dense(const MarginSoftmaxArgs<A>& p) {
+  return p.index == nullptr || p.smoothing != 0;
+}
+
+// ------------------------------------------------------------------------------------------------------------ kernels
+
+template <typename A>
+int64_t scratch_size(int64_t classes) {
+  return 2 * padded<A>(classes);
+}
+
+template <typename A>
+LTK_INLINE void zero_removed(const MarginSoftmaxArgs<A>& p, int64_t i, A* g) {
+  if (const bool* mask = mask_row(p, i)) {
+    for (int64_t j = 0; j < p.classes; ++j) g[j] = mask[j] ? g[j] : 0;
+  }
+}
+
+template <typename A>
+void forward(const MarginSoftmaxArgs<A>& p, int64_t begin, int64_t end, A* scratch) {
+  const int64_t C = p.classes;
+  const int64_t size = padded<A>(C);
+  const bool dense = is_dense(p);
+  A* v = scratch;
+  A* t = scratch + size;
+  for (int64_t i = begin; i < end; ++i) {
+    if (p.index != nullptr && p.index[i] == p.ignore_index) {
+      p.row_max[i] = p.row_logsum[i] = p.row_loss[i] = 0;
+      if (p.grad != nullptr) zero_gradient(p, i);
+      continue;
+    }
+    const A top = load_row(p, i, v, t);
+    const int64_t y = dense ? -1 : p.index[i];
+    const A mass = dense ? target_distribution(p, i, t) : p.weight == nullptr ? 1 : p.weight[y];
+    const A expected = dense ? expected_logit(t, v, size, top) : mass == 0 ? 0 : mass * (v[y] - top);
+    const A sum = p.grad != nullptr ? exp_sum<true>(v, size, top) : exp_sum<false>(v, size, top);
+    p.row_max[i] = top;
+    p.row_logsum[i] = static_cast<A>(__builtin_log(sum));
+    p.row_loss[i] = mass * p.row_logsum[i] - expected;
+    if (p.grad == nullptr) continue;
+
+    const A c = (p.sample_weight == nullptr ? 1 : p.sample_weight[i]) * p.inverse_normalizer;
+    const A coefficient = c * mass / sum;
+    if (dense) {
+      for (int64_t j = 0; j < size; ++j) v[j] = v[j] * coefficient - c * t[j];
+      zero_removed(p, i, v);
+      store_gradient(p, i, v, A(1), y, A(0));
+    } else {
+      store_gradient(p, i, v, coefficient, y, v[y] * coefficient - c * mass);
+    }
+  }
+}
+
+// G of row i in `v`, exactly 0 in masked and padded entries; `t` is scratch. False for an ignored row.
+template <typename A>
+bool row_gradient(const MarginSoftmaxArgs<A>& p, int64_t i, A* v, A* t) {
+  if (p.index != nullptr && p.index[i] == p.ignore_index) return false;
+  const int64_t size = padded<A>(p.classes);
+  load_row(p, i, v, t);
+  softmax_from(v, size, p.row_max[i], p.row_logsum[i]);
+  const A u = p.sample_weight == nullptr ? 1 : p.sample_weight[i];
+  const A c = p.grad_loss[i * p.grad_loss_stride] * u * p.inverse_normalizer;
+  const A e = p.grad_lse == nullptr ? 0 : p.grad_lse[i];
+  if (is_dense(p)) {
+    const A k = c * target_distribution(p, i, t) + e;
+    for (int64_t j = 0; j < size; ++j) v[j] = v[j] * k - c * t[j];
+  } else {
+    const int64_t y = p.index[i];
+    const A mass = p.weight == nullptr ? 1 : p.weight[y];
+    const A k = c * mass + e;
+    for (int64_t j = 0; j < size; ++j) v[j] *= k;
+    v[y] -= c * mass;
+  }
+  zero_removed(p, i, v);
+  return true;
+}
+
+// class_grad rows: da += s f G, db += G, dm -= s t G.
+template <typename A>
+void add_class_gradients(const MarginSoftmaxArgs<A>& p, int64_t i, const A* g, A* row, A* class_grad) {
+  const int64_t C = p.classes;
+  A* da = class_grad;
+  A* db = class_grad + C;
+  A* dm = class_grad + 2 * C;
+  widen_row(p.logits, p.logits_type, i * p.logits_stride, C, row);
+  for (int64_t j = 0; j < C; ++j) da[j] += row[j] == -kInfinity<A> ? 0 : p.raw_scale * row[j] * g[j];
+  for (int64_t j = 0; j < C; ++j) db[j] += g[j];
+  if (p.index != nullptr) {
+    dm[p.index[i]] -= p.raw_scale * g[p.index[i]];
+  } else {
+    widen_row(p.probability, p.probability_type, i * p.probability_stride, C, row);
+    for (int64_t j = 0; j < C; ++j) dm[j] -= p.raw_scale * row[j] * g[j];
+  }
+}
+
+template <typename A>
+void backward(const MarginSoftmaxArgs<A>& p, int64_t begin, int64_t end, A* scratch, A* class_grad) {
+  A* v = scratch;
+  A* t = scratch + padded<A>(p.classes);
+  for (int64_t i = begin; i < end; ++i) {
+    if (!row_gradient(p, i, v, t)) {
+      if (p.grad != nullptr) zero_gradient(p, i);
+      continue;
+    }
+    if (p.grad != nullptr) store_gradient(p, i, v, A(1), int64_t(-1), A(0));
+    if (class_grad != nullptr) add_class_gradients(p, i, v, t, class_grad);
+  }
+}
+
+template <typename A>
+void pairwise(
+    const MarginSoftmaxArgs<A>& p, const int64_t* order, int64_t begin, int64_t end, A* scratch, A* grad) {
+  A* v = scratch;
+  A* t = scratch + padded<A>(p.classes);
+  for (int64_t n = begin; n < end; ++n) {
+    if (!row_gradient(p, order[n], v, t)) continue;
+    A* out = grad + p.index[order[n]] * p.classes;
+    for (int64_t j = 0; j < p.classes; ++j) out[j] += v[j];
+  }
+}
+
+}  // namespace
+
+extern const MarginSoftmaxKernels<float> margin_softmax_float = {
+    scratch_size<float>, forward<float>, backward<float>, pairwise<float>};
+extern const MarginSoftmaxKernels<double> margin_softmax_double = {
+    scratch_size<double>, forward<double>, backward<double>, pairwise<double>};
+
+}  // namespace LTK_CAPABILITY
+}  // namespace ltkernels

@@ -1,0 +1,217 @@
+// Vectors of the widest register the translation unit is compiled for, on the vector extensions of GCC and Clang.
+//
+// Everything here is static or always inlined: a kernel file is compiled once per instruction set, and a weak symbol
+// shared between those objects could run AVX-512 code on a machine without it.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
+
+#define LTK_INLINE inline __attribute__((always_inline))
+
+namespace ltkernels {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kVectorBytes = 32;
+#else
+constexpr int kVectorBytes = 16;
+#endif
+
+template <typename T>
+struct Simd;
+
+template <>
+struct Simd<float> {
+  static constexpr int kLanes = kVectorBytes / 4;
+  typedef float Vector __attribute__((vector_size(kVectorBytes)));
+  typedef int32_t Int __attribute__((vector_size(kVectorBytes)));
+  typedef uint32_t Bits __attribute__((vector_size(kVectorBytes)));
+};
+
+template <>
+struct Simd<double> {
+  static constexpr int kLanes = kVectorBytes / 8;
+  typedef double Vector __attribute__((vector_size(kVectorBytes)));
+  typedef int64_t Int __attribute__((vector_size(kVectorBytes)));
+};
+
+template <typename T>
+using Vec = typename Simd<T>::Vector;
+
+typedef uint16_t HalfBits __attribute__((vector_size(kVectorBytes / 2)));
+
+template <typename V, typename T>
+LTK_INLINE V load_as(const T* p) {
+  V v;
+  std::memcpy(&v, p, sizeof(V));
+  return v;
+}
+
+template <typename V, typename T>
+LTK_INLINE void store_as(T* p, V v) {
+  std::memcpy(p, &v, sizeof(V));
+}
+
+template <typename A>
+LTK_INLINE Vec<A> broadcast(A x) {
+  return x - Vec<A>{};
+}
+
+// The larger of each lane; a NaN in `a` gives b.
+template <typename V>
+LTK_INLINE V larger(V a, V b) {
+  return a > b ? a : b;
+}
+
+template <typename A>
+LTK_INLINE A lane_sum(Vec<A> v) {
+  A sum = 0;
+  for (int k = 0; k < Simd<A>::kLanes; ++k) sum += v[k];
+  return sum;
+}
+
+template <typename A>
+LTK_INLINE A lane_max(Vec<A> v) {
+  A top = v[0];
+  for (int k = 1; k < Simd<A>::kLanes; ++k) top = v[k] > top ? v[k] : top;
+  return top;
+}
+
+// exp for x <= 0 and NaN, within 1 ulp; 0 below -87.33, where float becomes subnormal.
+LTK_INLINE Vec<float> exp_nonpositive(Vec<float> x) {
+  using F = Vec<float>;
+  using Bits = Simd<float>::Bits;
+  const F lowest = broadcast(-87.33f);
+  const F clamped = x < lowest ? lowest : x;  // keeps NaN
+  // n = round(x / ln 2) ends up in the low mantissa bits of a sum with 1.5 * 2^23.
+  const F shifted = clamped * 1.44269504f + 12582912.0f;
+  const F n = shifted - 12582912.0f;
+  const F r = (clamped - n * 0.693359375f) - n * -2.12194440e-4f;  // ln 2 in two parts (Cody and Waite)
+  F p = r * 1.9875691500e-4f + 1.3981999507e-3f;                   // minimax polynomial of Cephes' expf
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * (r * r) + r + 1.0f;
+  const F power = reinterpret_cast<F>((reinterpret_cast<Bits>(shifted) + 127u) << 23);  // 2^n
+  const F result = p * power;
+  return x < lowest ? F{} : result;
+}
+
+LTK_INLINE Vec<double> exp_nonpositive(Vec<double> x) {
+  Vec<double> result;
+  for (int k = 0; k < Simd<double>::kLanes; ++k) result[k] = __builtin_exp(x[k]);
+  return result;
+}
+
+// 16-bit floats are kept as bits: widening is exact, narrowing rounds to nearest even and keeps NaN.
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Half {
+  uint16_t bits;
+};
+
+LTK_INLINE float bits_to_float(uint32_t bits) {
+  float x;
+  std::memcpy(&x, &bits, 4);
+  return x;
+}
+
+LTK_INLINE uint32_t float_to_bits(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  return bits;
+}
+
+LTK_INLINE float widen(float x) { return x; }
+LTK_INLINE double widen(double x) { return x; }
+LTK_INLINE float widen(BFloat16 x) { return bits_to_float(static_cast<uint32_t>(x.bits) << 16); }
+LTK_INLINE float widen(Half x) {
+  // Move the fields into place and let a multiplication by 2^112 rebias the exponent, subnormals included.
+  const uint32_t magnitude = static_cast<uint32_t>(x.bits & 0x7fff) << 13;
+  const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000) << 16;
+  if ((x.bits & 0x7c00) == 0x7c00) return bits_to_float(sign | 0x7f800000u | magnitude);  // inf, NaN
+  return bits_to_float(sign | float_to_bits(bits_to_float(magnitude) * 0x1p112f));
+}
+
+template <typename T>
+T narrow(float x);
+template <>
+LTK_INLINE float narrow<float>(float x) {
+  return x;
+}
+template <>
+LTK_INLINE BFloat16 narrow<BFloat16>(float x) {
+  if (x != x) return {0x7fc0};
+  const uint32_t bits = float_to_bits(x);
+  return {static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16)};
+}
+template <>
+LTK_INLINE Half narrow<Half>(float x) {
+  const uint16_t sign = static_cast<uint16_t>((float_to_bits(x) >> 16) & 0x8000u);
+  uint32_t bits = float_to_bits(x) & 0x7fffffffu;
+  if (bits > 0x7f800000u) return {0x7e00};
+  if (bits >= 0x477ff000u) return {static_cast<uint16_t>(sign | 0x7c00u)};  // rounds to 65520 or above: inf
+  if (bits < 0x38800000u) {
+    // Subnormal: adding 0.5 aligns the last place of the sum with that of the result, and the addition rounds.
+    const uint32_t sum = float_to_bits(bits_to_float(bits) + 0.5f);
+    return {static_cast<uint16_t>(sign | (sum - 0x3f000000u))};
+  }
+  bits += 0xfffu + ((bits >> 13) & 1u);
+  return {static_cast<uint16_t>(sign | ((bits - 0x38000000u) >> 13))};
+}
+template <typename T>
+LTK_INLINE T narrow(double x) {
+  return x;
+}
+
+LTK_INLINE Vec<float> load(const float* p) { return load_as<Vec<float>>(p); }
+LTK_INLINE Vec<double> load(const double* p) { return load_as<Vec<double>>(p); }
+LTK_INLINE Vec<float> load(const BFloat16* p) {
+  const auto wide = __builtin_convertvector(load_as<HalfBits>(p), Simd<float>::Bits);
+  return reinterpret_cast<Vec<float>>(wide << 16);
+}
+
+LTK_INLINE void store(float* p, Vec<float> v) { store_as(p, v); }
+LTK_INLINE void store(double* p, Vec<double> v) { store_as(p, v); }
+LTK_INLINE void store(BFloat16* p, Vec<float> v) {
+  const auto bits = reinterpret_cast<Simd<float>::Bits>(v);
+  auto rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  rounded = v != v ? (rounded & 0u) + 0x7fc0u : rounded;
+  store_as(p, __builtin_convertvector(rounded, HalfBits));
+}
+
+#if defined(__AVX512F__)
+LTK_INLINE Vec<float> load(const Half* p) {
+  return reinterpret_cast<Vec<float>>(_mm512_cvtph_ps(load_as<__m256i>(p)));
+}
+LTK_INLINE void store(Half* p, Vec<float> v) {
+  store_as(p, _mm512_cvtps_ph(reinterpret_cast<__m512>(v), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+#elif defined(__F16C__)
+LTK_INLINE Vec<float> load(const Half* p) {
+  return reinterpret_cast<Vec<float>>(_mm256_cvtph_ps(load_as<__m128i>(p)));
+}
+LTK_INLINE void store(Half* p, Vec<float> v) {
+  store_as(p, _mm256_cvtps_ph(reinterpret_cast<__m256>(v), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+#else
+LTK_INLINE Vec<float> load(const Half* p) {
+  Vec<float> v;
+  for (int k = 0; k < Simd<float>::kLanes; ++k) v[k] = widen(p[k]);
+  return v;
+}
+LTK_INLINE void store(Half* p, Vec<float> v) {
+  for (int k = 0; k < Simd<float>::kLanes; ++k) p[k] = narrow<Half>(v[k]);
+}
+#endif
+
+}  // namespace
+}  // namespace ltkernels

@@ -1,0 +1,317 @@
+// The operators of the library: schemas, autograd nodes and what happens at each dispatch key.
+//
+//   margin_softmax         public operation: checks, forward, autograd node. Called by ltkernels.functional.
+//   margin_softmax_fwd     statistics of each row and the reduced loss; with_grad: also the gradient for upstream 1.
+//   margin_softmax_bwd     gradients recomputed from the logits and the row statistics.
+//   margin_softmax_scale_  gradient *= upstream gradient, in place.
+//   margin_softmax_check   the argument checks alone, for the plain-torch definition.
+//
+// fwd, bwd and scale_ have a kernel per device: C++ for CPU (cpu/), Triton for CUDA and shapes for tracing
+// (ltkernels/_ops.py). Under vmap each has a batching rule (ltkernels/_vmap.py).
+#include <ATen/ATen.h>
+#include <ATen/TensorSubclassLikeUtils.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <torch/csrc/autograd/VariableTypeUtils.h>
+#include <torch/csrc/autograd/engine.h>
+#include <torch/csrc/autograd/saved_variable.h>
+#include <torch/library.h>
+
+#include <mutex>
+
+#include "autograd_node.h"
+#include "margin_softmax_op.h"
+
+namespace ltkernels {
+namespace {
+
+using at::Tensor;
+using torch::autograd::SavedVariable;
+using torch::autograd::variable_list;
+using ThreeTensors = std::tuple<Tensor, Tensor, Tensor>;
+
+TORCH_LIBRARY(ltkernels, m) {
+  m.set_python_module("ltkernels._ops");
+  m.def("margin_softmax(" LTK_MARGIN_SCHEMA ", bool return_lse) -> (Tensor loss, Tensor lse)",
+        {at::Tag::pt2_compliant_tag});
+  m.def("margin_softmax_fwd(" LTK_MARGIN_SCHEMA ", bool with_grad) -> (Tensor loss, Tensor stats, Tensor grad)",
+        {at::Tag::pt2_compliant_tag});
+  m.def("margin_softmax_bwd(Tensor grad_loss, Tensor? grad_lse, Tensor stats, " LTK_MARGIN_SCHEMA
+        ", int grads) -> (Tensor grad_logits, Tensor grad_class, Tensor grad_pairwise)",
+        {at::Tag::pt2_compliant_tag});
+  m.def("margin_softmax_scale_(Tensor(a!) grad, Tensor grad_output) -> ()", {at::Tag::pt2_compliant_tag});
+  m.def("margin_softmax_check(Tensor logits, Tensor target, Tensor? weight, Tensor? logit_scale, Tensor? logit_bias, "
+        "Tensor? target_margin, Tensor? pairwise_margin, Tensor? mask, Tensor? sample_weight, float scale, "
+        "int ignore_index, float label_smoothing) -> ()");
+}
+
+template <typename Signature>
+auto typed_operator(const char* name) {
+  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
+}
+
+ThreeTensors call_fwd(LTK_MARGIN_PARAMETERS, bool with_grad) {
+  static const auto op = typed_operator<ThreeTensors(LTK_MARGIN_PARAMETERS, bool)>("ltkernels::margin_softmax_fwd");
+  return op.call(LTK_MARGIN_ARGUMENTS, with_grad);
+}
+
+ThreeTensors call_bwd(
+    const Tensor& grad_loss, const OptionalTensor& grad_lse, const Tensor& stats, LTK_MARGIN_PARAMETERS,
+    int64_t grads) {
+  static const auto op =
+      typed_operator<ThreeTensors(const Tensor&, const OptionalTensor&, const Tensor&, LTK_MARGIN_PARAMETERS, int64_t)>(
+          "ltkernels::margin_softmax_bwd");
+  return op.call(grad_loss, grad_lse, stats, LTK_MARGIN_ARGUMENTS, grads);
+}
+
+void call_scale_(Tensor grad, const Tensor& grad_output) {
+  static const auto op = typed_operator<void(Tensor, const Tensor&)>("ltkernels::margin_softmax_scale_");
+  op.call(std::move(grad), grad_output);
+}
+
+bool requires_grad(const OptionalTensor& x) {
+  return x.has_value() && x->defined() && x->requires_grad();
+}
+
+Tensor value_or_undefined(const OptionalTensor& x) {
+  return x.has_value() ? *x : Tensor();
+}
+
+OptionalTensor unpack_optional(const SavedVariable& saved) {
+  Tensor x = saved.unpack();
+  return x.defined() ? OptionalTensor(std::move(x)) : std::nullopt;
+}
+
+// ------------------------------------------------------------------------------------------------------ autograd node
+
+// Inputs: the upstream gradients of loss and, if it was returned, lse. Outputs, in this order: gradients to logits,
+// logit_scale, logit_bias, target_margin, pairwise_margin, sample_weight.
+//
+// For a scalar loss that needs only the gradient to the logits, the forward pass has written that gradient for an
+// upstream gradient of 1, and it is scaled here; in all other cases it is recomputed from the logits.
+struct MarginSoftmaxBackward : public torch::autograd::Node {
+  enum Output { kLogits, kLogitScale, kLogitBias, kTargetMargin, kPairwiseMargin, kSampleWeight, kOutputs };
+
+  SavedVariable logits_, target_, weight_, logit_scale_, logit_bias_, target_margin_, pairwise_margin_, mask_,
+      sample_weight_, stats_, loss_, grad_;
+  double scale_ = 1, label_smoothing_ = 0;
+  int64_t reduction_ = kMean, ignore_index_ = -100;
+  bool precomputed_ = false;
+
+  std::string name() const override { return "MarginSoftmaxBackward"; }
+
+  void save_arguments(LTK_MARGIN_PARAMETERS) {
+    logits_ = SavedVariable(logits, false);
+    target_ = SavedVariable(target, false);
+    weight_ = SavedVariable(value_or_undefined(weight), false);
+    logit_scale_ = SavedVariable(value_or_undefined(logit_scale), false);
+    logit_bias_ = SavedVariable(value_or_undefined(logit_bias), false);
+    target_margin_ = SavedVariable(value_or_undefined(target_margin), false);
+    pairwise_margin_ = SavedVariable(value_or_undefined(pairwise_margin), false);
+    mask_ = SavedVariable(value_or_undefined(mask), false);
+    sample_weight_ = SavedVariable(value_or_undefined(sample_weight), false);
+    scale_ = scale;
+    reduction_ = reduction;
+    ignore_index_ = ignore_index;
+    label_smoothing_ = label_smoothing;
+  }
+
+  void release_variables() override {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    for (SavedVariable* saved : {&logits_, &target_, &weight_, &logit_scale_, &logit_bias_, &target_margin_,
+                                 &pairwise_margin_, &mask_, &sample_weight_, &stats_, &loss_, &grad_}) {
+      saved->reset_data();
+    }
+    released_ = true;
+  }
+
+  variable_list apply(variable_list&& upstream) override {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    TORCH_CHECK(!released_, torch::autograd::ERR_BACKWARD_TWICE);
+    variable_list grads(kOutputs);
+    const bool lse_used = upstream.size() > 1 && upstream[1].defined();
+    if (!upstream[0].defined() && !lse_used) return grads;
+    if (precomputed_) {
+      if (task_should_compute_output(kLogits)) grads[kLogits] = scale_precomputed(upstream[0]);
+    } else {
+      recompute(upstream[0], lse_used ? OptionalTensor(upstream[1]) : std::nullopt, grads);
+    }
+    if (task_should_compute_output(kSampleWeight) && upstream[0].defined()) {
+      grads[kSampleWeight] = sample_weight_gradient(upstream[0]);
+    }
+    return differentiable_once("margin_cross_entropy", std::move(grads));
+  }
+
+ private:
+  bool released_ = false;
+
+  // In place if nobody can see the memory again: the graph is not retained and holds the only reference.
+  Tensor scale_precomputed(const Tensor& upstream) {
+    Tensor grad = grad_.unpack();
+    const bool last_use = !torch::autograd::get_current_graph_task_keep_graph();
+    if (last_use && !at::GradMode::is_enabled() && !at::isTensorSubclassLike(grad) &&
+        !at::isTensorSubclassLike(upstream)) {
+      grad_.reset_data();
+      if (grad.use_count() == 1) {
+        call_scale_(grad, upstream);
+        return grad;
+      }
+    }
+    return grad.mul(upstream);
+  }
+
+  void recompute(const Tensor& upstream, const OptionalTensor& upstream_lse, variable_list& grads) {
+    const bool class_wanted = task_should_compute_output(kLogitScale) || task_should_compute_output(kLogitBias) ||
+        task_should_compute_output(kTargetMargin);
+    int64_t wanted = 0;
+    if (task_should_compute_output(kLogits)) wanted |= kGradLogits;
+    if (class_wanted) wanted |= kGradClass;
+    if (task_should_compute_output(kPairwiseMargin)) wanted |= kGradPairwise;
+    if (wanted == 0) return;
+    const Tensor logits = logits_.unpack();
+    const Tensor stats = stats_.unpack();
+    const Tensor grad_loss = upstream.defined() ? upstream : at::zeros_symint({}, stats.options());
+    const auto [grad_logits, grad_class, grad_pairwise] = call_bwd(
+        grad_loss, upstream_lse, stats, logits, target_.unpack(), unpack_optional(weight_),
+        unpack_optional(logit_scale_), unpack_optional(logit_bias_), unpack_optional(target_margin_),
+        unpack_optional(pairwise_margin_), unpack_optional(mask_), unpack_optional(sample_weight_), scale_,
+        reduction_, ignore_index_, label_smoothing_, wanted);
+    if (wanted & kGradLogits) grads[kLogits] = grad_logits;
+    if (task_should_compute_output(kLogitScale)) {
+      const Tensor a = logit_scale_.unpack();
+      const Tensor da = grad_class.select(0, 0);
+      grads[kLogitScale] = (a.dim() == 0 ? da.sum() : da).to(a.scalar_type());
+    }
+    if (task_should_compute_output(kLogitBias)) {
+      grads[kLogitBias] = grad_class.select(0, 1).to(logit_bias_.unpack().scalar_type());
+    }
+    if (task_should_compute_output(kTargetMargin)) {
+      grads[kTargetMargin] = grad_class.select(0, 2).to(target_margin_.unpack().scalar_type());
+    }
+    if (wanted & kGradPairwise) grads[kPairwiseMargin] = grad_pairwise.to(pairwise_margin_.unpack().scalar_type());
+  }
+
+  // du_i = upstream_i * r_i, or upstream * (r_i - k_i * loss) / Z under a mean with Z = sum_i u_i k_i.
+  Tensor sample_weight_gradient(const Tensor& upstream) {
+    const Tensor row_loss = stats_.unpack().select(0, 2);
+    const Tensor u = sample_weight_.unpack();
+    if (reduction_ != kMean) return (upstream * row_loss).to(u.scalar_type());
+    Tensor k = at::ones_like(row_loss);
+    const Tensor target = target_.unpack();
+    if (!target.is_floating_point()) {
+      const Tensor kept = target.ne(ignore_index_);
+      if (const auto weight = unpack_optional(weight_)) {
+        k = weight->to(k.scalar_type()).index_select(0, target.mul(kept).to(at::kLong));
+      }
+      k = k * kept;
+    }
+    const Tensor normalizer = (u.to(k.scalar_type()) * k).sum();
+    return (upstream * (row_loss - k * loss_.unpack()) / normalizer).to(u.scalar_type());
+  }
+};
+
+void forbid_forward_mode(std::initializer_list<Tensor> inputs) {
+  for (const Tensor& x : inputs) {
+    TORCH_CHECK_NOT_IMPLEMENTED(
+        !torch::autograd::isFwGradDefined(x),
+        "margin_cross_entropy does not implement forward-mode differentiation; use reverse mode, or "
+        "LTKERNELS_BACKEND=reference.");
+  }
+}
+
+Tensor lse_of(const Tensor& stats, bool return_lse) {
+  return return_lse ? stats.select(0, 0) + stats.select(0, 1) : at::empty_symint({0}, stats.options());
+}
+
+// Below autograd, and for tensors that never record a graph.
+std::tuple<Tensor, Tensor> margin_softmax_plain(LTK_MARGIN_PARAMETERS, bool return_lse) {
+  check_margin_softmax(LTK_MARGIN_TENSOR_ARGUMENTS, ignore_index, label_smoothing);
+  const auto [loss, stats, grad] = call_fwd(LTK_MARGIN_ARGUMENTS, /*with_grad=*/false);
+  return {loss, lse_of(stats, return_lse)};
+}
+
+std::tuple<Tensor, Tensor> margin_softmax_autograd(LTK_MARGIN_PARAMETERS, bool return_lse) {
+  check_margin_softmax(LTK_MARGIN_TENSOR_ARGUMENTS, ignore_index, label_smoothing);
+  const Tensor a = value_or_undefined(logit_scale), b = value_or_undefined(logit_bias),
+               m = value_or_undefined(target_margin), delta = value_or_undefined(pairwise_margin),
+               u = value_or_undefined(sample_weight);
+  forbid_forward_mode({logits, a, b, m, delta, u});
+  const bool needs_graph = torch::autograd::compute_requires_grad(logits, a, b, m, delta, u);
+  const bool class_grads = requires_grad(logit_scale) || requires_grad(logit_bias) || requires_grad(target_margin) ||
+      requires_grad(pairwise_margin);
+  const bool precompute = needs_graph && logits.requires_grad() && reduction != kNone && !return_lse && !class_grads;
+
+  Tensor loss, stats, grad;
+  {
+    const at::AutoDispatchBelowADInplaceOrView guard;
+    std::tie(loss, stats, grad) = call_fwd(LTK_MARGIN_ARGUMENTS, precompute);
+  }
+  if (!needs_graph) return {loss, lse_of(stats, return_lse)};
+
+  auto node = make_node<MarginSoftmaxBackward>();
+  node->set_next_edges(torch::autograd::collect_next_edges(logits, a, b, m, delta, u));
+  node->precomputed_ = precompute;
+  if (precompute) node->grad_ = SavedVariable(grad, false);
+  const bool u_requires_grad = requires_grad(sample_weight);
+  if (!precompute || u_requires_grad) {
+    // The logits may be modified after a precomputed gradient: do not hold on to them.
+    node->save_arguments(precompute ? Tensor() : logits, target, weight, logit_scale, logit_bias, target_margin,
+                         pairwise_margin, mask, sample_weight, scale, reduction, ignore_index, label_smoothing);
+    node->stats_ = SavedVariable(stats, false);
+  }
+  if (u_requires_grad && reduction == kMean) node->loss_ = SavedVariable(loss.detach(), false);
+  Tensor lse;
+  {
+    const at::AutoDispatchBelowADInplaceOrView guard;
+    lse = lse_of(stats, return_lse);
+  }
+  torch::autograd::set_history(loss, node);
+  if (return_lse) torch::autograd::set_history(lse, node);
+  return {loss, lse};
+}
+
+// ------------------------------------------------------- fwd and bwd called with a graph: right once, never silently
+
+ThreeTensors margin_softmax_fwd_autograd(LTK_MARGIN_PARAMETERS, bool with_grad) {
+  ThreeTensors results;
+  {
+    const at::AutoDispatchBelowADInplaceOrView guard;
+    results = call_fwd(LTK_MARGIN_ARGUMENTS, with_grad);
+  }
+  if (!torch::autograd::compute_requires_grad(logits)) return results;
+  auto marked = differentiable_once("margin_softmax_fwd", {std::get<0>(results), std::get<1>(results), std::get<2>(results)});
+  return {marked[0], marked[1], marked[2]};
+}
+
+ThreeTensors margin_softmax_bwd_autograd(
+    const Tensor& grad_loss, const OptionalTensor& grad_lse, const Tensor& stats, LTK_MARGIN_PARAMETERS,
+    int64_t grads) {
+  ThreeTensors results;
+  {
+    const at::AutoDispatchBelowADInplaceOrView guard;
+    results = call_bwd(grad_loss, grad_lse, stats, LTK_MARGIN_ARGUMENTS, grads);
+  }
+  if (!torch::autograd::compute_requires_grad(logits, grad_loss)) return results;
+  auto marked = differentiable_once("margin_softmax_bwd", {std::get<0>(results), std::get<1>(results), std::get<2>(results)});
+  return {marked[0], marked[1], marked[2]};
+}
+
+void margin_softmax_check(LTK_MARGIN_TENSOR_PARAMETERS, int64_t ignore_index, double label_smoothing) {
+  check_margin_softmax(LTK_MARGIN_TENSOR_ARGUMENTS, ignore_index, label_smoothing);
+}
+
+TORCH_LIBRARY_IMPL(ltkernels, Autograd, m) {
+  m.impl("margin_softmax", &margin_softmax_autograd);
+  m.impl("margin_softmax_fwd", &margin_softmax_fwd_autograd);
+  m.impl("margin_softmax_bwd", &margin_softmax_bwd_autograd);
+}
+
+TORCH_LIBRARY_IMPL(ltkernels, CompositeExplicitAutograd, m) {
+  m.impl("margin_softmax", &margin_softmax_plain);
+}
+
+TORCH_LIBRARY_IMPL(ltkernels, CompositeImplicitAutograd, m) {
+  m.impl("margin_softmax_check", &margin_softmax_check);
+}
+
+}  // namespace
+}  // namespace ltkernels

@@ -1,0 +1,82 @@
+"""Checks of host-side arguments: each returns the value in one known form, or says what was expected and what came."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from numbers import Integral, Real
+from typing import TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor
+
+ClassCounts: TypeAlias = "Tensor | np.ndarray | Sequence[float]"
+
+_INTERVALS: dict[str, Callable[[float], bool]] = {
+    ">= 0": lambda x: x >= 0,
+    "> 0": lambda x: x > 0,
+    "in [0, 1]": lambda x: 0 <= x <= 1,
+    "in [0, 1)": lambda x: 0 <= x < 1,
+}
+
+
+def number(name: str, value: float, interval: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name}: expected a number, got {kind_of(value)}")
+    if not (math.isfinite(value) and _INTERVALS[interval](float(value))):
+        raise ValueError(f"{name}: expected a finite number {interval}, got {value}")
+    return float(value)
+
+
+def integer(name: str, value: int, minimum: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{name}: expected an integer, got {kind_of(value)}")
+    if value < minimum:
+        raise ValueError(f"{name}: expected at least {minimum}, got {value}")
+    return int(value)
+
+
+def class_counts_of(class_counts: ClassCounts) -> Tensor:
+    """Checked counts (C,), float64 on the CPU."""
+    if isinstance(class_counts, Tensor):
+        numeric = not (class_counts.is_complex() or class_counts.dtype == torch.bool)
+        counts = class_counts.detach().cpu()
+    else:
+        try:
+            array = np.asarray(class_counts)
+        except ValueError as error:
+            raise ValueError("class_counts: expected shape (C,), got sequences of different lengths") from error
+        numeric = array.dtype.kind in "iuf"
+        counts = torch.from_numpy(array.astype(np.float64)) if numeric else torch.empty(0)
+    if not numeric:
+        raise TypeError(f"class_counts: expected C real numbers, got {kind_of(class_counts)}")
+    counts = counts.double()
+    if counts.dim() != 1 or counts.numel() == 0:
+        raise ValueError(f"class_counts: expected shape (C,) with C >= 1, got {tuple(counts.shape)}")
+    bad = ~(counts.isfinite() & (counts > 0))
+    if bad.any():
+        index = int(bad.nonzero()[0])
+        raise ValueError(
+            f"class_counts: expected positive finite counts, got {counts[index].item():g} for class {index}; "
+            "leave classes without samples out"
+        )
+    return counts
+
+
+def check_margin_tensor(name: str, tensor: Tensor, classes: int | None) -> None:
+    """Dtype, shape and values of a field of ``Margins``; ``classes`` is C, or None if no tensor tells."""
+    if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+        raise TypeError(f"{name}: expected a floating Tensor, got {kind_of(tensor)}")
+    classes = classes or None  # no class at all agrees with no shape
+    shapes_of = {"scale": [()], "logit_scale": [(classes,), ()], "pairwise_margin": [(classes, classes)]}
+    shapes = shapes_of.get(name, [(classes,)])
+    if tensor.shape not in shapes:
+        expected = " or ".join(map(str, shapes)).replace("None", "C")
+        raise ValueError(f"{name}: expected shape {expected} with at least one class, got {tuple(tensor.shape)}")
+    if not tensor.isfinite().all():
+        raise ValueError(f"{name}: expected finite values, got {tensor[~tensor.isfinite()][0].item()}")
+
+
+def kind_of(value: object) -> str:
+    return f"{value.dtype}" if isinstance(value, (Tensor, np.ndarray)) else type(value).__name__

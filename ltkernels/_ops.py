@@ -1,0 +1,115 @@
+"""Loads the extension and completes its operators in Python: shapes for tracing, Triton for CUDA, rules for vmap.
+
+The table of contents of the operators is csrc/ops.cpp.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from torch import Tensor
+
+from ltkernels import _build_info
+
+_build_info.check_torch_version()
+torch.ops.load_library(_build_info.LIBRARY)
+
+BACKENDS = ("auto", "reference")
+BACKEND = os.environ.get("LTKERNELS_BACKEND", "auto")
+if BACKEND not in BACKENDS:
+    raise ImportError(f"LTKERNELS_BACKEND: expected one of {', '.join(BACKENDS)}, got {BACKEND!r}")
+
+# Devices with a kernel of ours; the definition in reference.py serves all others.
+_KERNEL_DEVICES = frozenset({"cpu", "cuda", "meta"})
+
+# The overload itself: looking it up through torch.ops costs a microsecond a call.
+margin_softmax = torch.ops.ltkernels.margin_softmax.default
+margin_softmax_check = torch.ops.ltkernels.margin_softmax_check.default
+
+GRAD_LOGITS, GRAD_CLASS, GRAD_PAIRWISE = 1, 2, 4  # bits of margin_softmax_bwd's `grads`, as in margin_softmax_op.h
+
+
+def uses_kernel(x: Tensor) -> bool:
+    """Whether a kernel, not the definition, serves tensors on the device of ``x``."""
+    return BACKEND == "auto" and x.device.type in _KERNEL_DEVICES
+
+
+def kernel_calls() -> dict[str, int]:
+    """How often each kernel of the library has run in this process, by name."""
+    calls = dict(torch.ops.ltkernels.kernel_calls())
+    if _triton_loaded:
+        from ltkernels.triton.margin_softmax import kernel_calls as triton_calls
+
+        calls |= triton_calls
+    return {name: count for name, count in calls.items() if count}
+
+
+# -------------------------------------------------------------------------------------------------- shapes for tracing
+
+
+def _accumulation_dtype(logits: Tensor) -> torch.dtype:
+    return torch.float64 if logits.dtype == torch.float64 else torch.float32
+
+
+@torch.library.register_fake("ltkernels::margin_softmax_fwd")
+def _(
+    logits, target, weight, logit_scale, logit_bias, target_margin, pairwise_margin, mask, sample_weight, scale,
+    reduction, ignore_index, label_smoothing, with_grad,
+):  # fmt: skip
+    rows, classes = logits.shape
+    acc = _accumulation_dtype(logits)
+    loss = logits.new_empty((rows,) if reduction == 0 else (), dtype=acc)
+    grad = logits.new_empty((rows, classes) if with_grad else (0,))
+    return loss, logits.new_empty((3, rows), dtype=acc), grad
+
+
+@torch.library.register_fake("ltkernels::margin_softmax_bwd")
+def _(
+    grad_loss, grad_lse, stats, logits, target, weight, logit_scale, logit_bias, target_margin, pairwise_margin, mask,
+    sample_weight, scale, reduction, ignore_index, label_smoothing, grads,
+):  # fmt: skip
+    rows, classes = logits.shape
+    acc = _accumulation_dtype(logits)
+    return (
+        logits.new_empty((rows, classes) if grads & GRAD_LOGITS else (0,)),
+        logits.new_empty((3, classes) if grads & GRAD_CLASS else (0,), dtype=acc),
+        logits.new_empty((classes, classes) if grads & GRAD_PAIRWISE else (0,), dtype=acc),
+    )
+
+
+@torch.library.register_fake("ltkernels::margin_softmax_scale_")
+def _(grad, grad_output):
+    return None
+
+
+# ------------------------------------------------------------------------------------------------------ Triton for CUDA
+
+_triton_loaded = False
+
+
+def _triton():
+    """The Triton kernels, imported at the first CUDA call: importing triton takes a second."""
+    global _triton_loaded
+    from ltkernels.triton import margin_softmax as kernels
+
+    _triton_loaded = True
+    return kernels
+
+
+@torch.library.impl("ltkernels::margin_softmax_fwd", "CUDA")
+def _(*args):
+    return _triton().margin_softmax_fwd(*args)
+
+
+@torch.library.impl("ltkernels::margin_softmax_bwd", "CUDA")
+def _(*args):
+    return _triton().margin_softmax_bwd(*args)
+
+
+@torch.library.impl("ltkernels::margin_softmax_scale_", "CUDA")
+def _(grad, grad_output):
+    _triton().margin_softmax_scale_(grad, grad_output)
+
+
+from ltkernels import _vmap  # noqa: E402,F401  (registers the batching rules of the operators above)

@@ -1,0 +1,84 @@
+"""The definition of every operation in plain torch.
+
+This file is the specification: it is differentiated by autograd, runs on any device and in any floating dtype,
+and every kernel of the library is tested against it in float64. It also serves the devices no kernel is written
+for, and all of them under ``LTKERNELS_BACKEND=reference``. It holds N x C temporaries and makes no claim to speed.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def margin_softmax(
+    logits: Tensor,  # (N, C), any floating dtype
+    target: Tensor,  # (N,) integer class indices or (N, C) probabilities
+    weight: Tensor | None,  # w: (C,)
+    logit_scale: Tensor | None,  # a: (C,) or 0-d
+    logit_bias: Tensor | None,  # b: (C,)
+    target_margin: Tensor | None,  # m: (C,)
+    pairwise_margin: Tensor | None,  # Delta: (C, C)
+    mask: Tensor | None,  # (C,) or (N, C) bool, False removes the class
+    sample_weight: Tensor | None,  # u: (N,)
+    scale: float,  # s
+    reduction: str,  # "none", "mean" or "sum"
+    ignore_index: int,
+    label_smoothing: float,  # eps
+) -> tuple[Tensor, Tensor]:
+    """Margin-adjusted softmax cross-entropy over rows: returns the reduced loss and the (N,) log-sum-exp.
+
+    v[i,j]  = s * (a[j] * f[i,j] - m[j] * t[i,j]) + b[j] + Delta[y_i, j]
+    t'[i,j] = w[j] * ((1 - eps) * t[i,j] + eps / |allowed_i|)
+    loss_i  = u_i * (sum_j t'[i,j] * logsumexp_j v[i,j] - sum_j t'[i,j] * v[i,j])
+
+    The mean divides by sum_i u_i w[y_i] over the rows kept for class indices, by sum_i u_i for probabilities.
+    Rows whose target is ``ignore_index`` give 0 and no gradient.
+    """
+    acc = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    rows, classes = logits.shape
+
+    def vector(x: Tensor | None, value: float, n: int) -> Tensor:
+        return logits.new_full((n,), value, dtype=acc) if x is None else x.to(acc).expand(n)
+
+    w, a, b, m = (
+        vector(x, value, classes)
+        for x, value in ((weight, 1.0), (logit_scale, 1.0), (logit_bias, 0.0), (target_margin, 0.0))
+    )
+    u = vector(sample_weight, 1.0, rows)
+
+    indices = not target.is_floating_point()
+    kept = target != ignore_index if indices else torch.ones(rows, dtype=torch.bool, device=logits.device)
+    if indices:
+        y = torch.where(kept, target, 0).long()
+        t = torch.nn.functional.one_hot(y, classes).to(acc)
+    else:
+        t = target.to(acc)
+    allowed = torch.ones_like(t, dtype=torch.bool) if mask is None else mask.expand(rows, classes)
+
+    # Ignored rows may hold anything, NaN included: take their logits out of the graph altogether.
+    f = torch.where(kept[:, None], logits.to(acc), 0.0)
+    # d(a f)/da is f, which is defined as 0 where f = -inf so that a removed class does not poison a's gradient.
+    removed = f == -torch.inf
+    af = torch.where(removed, a.detach() * f, a * torch.where(removed, 0.0, f))
+    v = scale * (af - m * t) + b
+    if pairwise_margin is not None:
+        v = v + pairwise_margin.to(acc)[y]
+    v = v.masked_fill(~allowed, -torch.inf)
+
+    smoothed = (1 - label_smoothing) * t + label_smoothing * allowed / allowed.sum(1, keepdim=True).clamp(min=1)
+    if not indices:
+        smoothed = torch.where(allowed, smoothed, 0.0)  # probability on a removed class is dropped
+    weighted = w * smoothed
+    lse = torch.logsumexp(v, dim=1)
+    # A term with t' = 0 is 0, also where v = -inf.
+    expected = torch.where(weighted != 0, weighted * v, 0.0).sum(1)
+    row_loss = torch.where(kept, u * (weighted.sum(1) * lse - expected), 0.0)
+    lse = torch.where(kept, lse, 0.0)
+
+    if reduction == "none":
+        return row_loss, lse
+    if reduction == "sum":
+        return row_loss.sum(), lse
+    normalizer = (u * w[y] * kept).sum() if indices else u.sum()
+    return row_loss.sum() / normalizer, lse

@@ -1,0 +1,100 @@
+"""Long-tailed subsets of a balanced data set, the same whatever the order of its files.
+
+Inside a class the images are sorted by the sha256 of their pixels and shuffled with ``RandomState(seed)``; a subset
+takes the first ones. Classes keep the order of their labels: class 0 is the largest, the last class the smallest.
+"""
+
+from __future__ import annotations
+
+import math
+from fractions import Fraction
+from typing import Literal, TypeAlias
+
+import numpy as np
+
+from ltkernels.trainer import TrainerError
+from ltkernels.trainer.data.images import LabelledImages
+
+Profile: TypeAlias = Literal["exp", "step"]
+
+
+def class_counts(
+    num_classes: int, max_count: int, imbalance_factor: float, profile: Profile = "exp"
+) -> tuple[int, ...]:
+    r"""Images of each class, from ``max_count`` down to ``max_count / imbalance_factor``, rounded down.
+
+    ``exp``: :math:`n_k = n_{\max} \mu^{-k / (C - 1)}` with :math:`\mu` the imbalance factor (Cao et al.,
+    arXiv:1906.07413). ``step``: the first half of the classes (rounded up) has ``max_count``, the rest the minimum
+    (Buda et al., arXiv:1710.05381).
+
+    Raises:
+        TrainerError: a value out of range, an unknown profile, or a class that would have no image.
+    """
+    if num_classes < 2:
+        raise TrainerError(f"num_classes: a long tail needs at least 2 classes, got {num_classes}")
+    if max_count < 1:
+        raise TrainerError(f"max_count: expected at least 1 image, got {max_count}")
+    if not (math.isfinite(imbalance_factor) and imbalance_factor >= 1):
+        raise TrainerError(f"imbalance_factor: expected a finite number >= 1, got {imbalance_factor:g}")
+    # The last count as a fraction: 49 * (1 / 49) is below 1 in floating point, and would be rounded down to 0.
+    last = math.floor(max_count / Fraction(imbalance_factor))
+    if profile == "exp":
+        counts = [int(max_count * imbalance_factor ** (-k / (num_classes - 1))) for k in range(num_classes - 1)]
+        counts = [*counts, last]
+    elif profile == "step":
+        counts = [max_count if k < (num_classes + 1) // 2 else last for k in range(num_classes)]
+    else:
+        raise TrainerError(f"profile: expected 'exp' or 'step', got {profile!r}")
+    if last < 1:
+        raise TrainerError(
+            f"imbalance_factor: {imbalance_factor:g} leaves the last class {max_count} / {imbalance_factor:g} images, "
+            "fewer than one; lower it or raise max_count"
+        )
+    return tuple(counts)
+
+
+def shuffled_classes(data: LabelledImages, seed: int) -> list[np.ndarray]:
+    """Indices of each class, sorted by image hash and shuffled with ``RandomState(seed)``."""
+    shuffled = []
+    for label in range(data.num_classes):
+        indices = np.flatnonzero(data.labels == label)
+        indices = indices[np.argsort(data.hashes[indices], kind="stable")]
+        # A fresh generator for each class: a class's order does not depend on how many images others have.
+        shuffled.append(indices[np.random.RandomState(seed).permutation(len(indices))])
+    return shuffled
+
+
+def hold_out(data: LabelledImages, per_class: int, seed: int) -> tuple[LabelledImages, LabelledImages]:
+    """A balanced set of ``per_class`` images a class, and the rest.
+
+    Raises:
+        TrainerError: ``per_class`` is below 1, or a class has no more images than that.
+    """
+    if per_class < 1:
+        raise TrainerError(f"held-out images: expected at least 1 a class, got {per_class}")
+    sizes = data.class_sizes
+    if sizes.min() <= per_class:
+        raise TrainerError(
+            f"held-out images: class {sizes.argmin()} has {sizes.min()} images, so {per_class} a class leave none to "
+            f"train on; hold out fewer than {sizes.min()}"
+        )
+    classes = shuffled_classes(data, seed)
+    held = np.concatenate([indices[:per_class] for indices in classes])
+    rest = np.concatenate([indices[per_class:] for indices in classes])
+    return data.subset(held), data.subset(rest)
+
+
+def long_tailed(data: LabelledImages, counts: tuple[int, ...], seed: int) -> LabelledImages:
+    """The first ``counts[k]`` images of each class k in the order of :func:`shuffled_classes`.
+
+    Raises:
+        TrainerError: a class has fewer images than its count.
+    """
+    for label, (size, count) in enumerate(zip(data.class_sizes, counts, strict=True)):
+        if size < count:
+            raise TrainerError(
+                f"max_count: class {label} has {size} images to train on, {count} are asked for; lower max_count or "
+                "hold out fewer images"
+            )
+    classes = shuffled_classes(data, seed)
+    return data.subset(np.concatenate([indices[:n] for indices, n in zip(classes, counts, strict=True)]))
