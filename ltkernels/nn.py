@@ -13,11 +13,10 @@ all of them:
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypedDict
+from typing import TypedDict, Unpack
 
 import torch
 from torch import Tensor, nn
-from typing_extensions import Unpack
 
 import ltkernels.functional as LF
 from ltkernels import margins as M

@@ -66,14 +66,16 @@ def margin_softmax(
         v = v + pairwise_margin.to(acc)[y]
     v = v.masked_fill(~allowed, -torch.inf)
 
-    smoothed = (1 - label_smoothing) * t + label_smoothing * allowed / allowed.sum(1, keepdim=True).clamp(min=1)
+    spread = allowed.to(acc) / allowed.sum(1, keepdim=True).clamp(min=1)
+    smoothed = (1 - label_smoothing) * t + label_smoothing * spread
     if not indices:
         smoothed = torch.where(allowed, smoothed, 0.0)  # probability on a removed class is dropped
     weighted = w * smoothed
     lse = torch.logsumexp(v, dim=1)
+    lse = torch.where(lse == -torch.inf, torch.nan, lse)  # a row with no class left has no distribution
     # A term with t' = 0 is 0, also where v = -inf.
     expected = torch.where(weighted != 0, weighted * v, 0.0).sum(1)
-    row_loss = torch.where(kept, u * (weighted.sum(1) * lse - expected), 0.0)
+    row_loss = torch.where(kept, u, 0.0) * torch.where(kept, weighted.sum(1) * lse - expected, 0.0)
     lse = torch.where(kept, lse, 0.0)
 
     if reduction == "none":

@@ -402,7 +402,8 @@ def test_bad_fields(fields: dict, error: type[Exception], message: str) -> None:
         M.Margins(**fields)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs two devices")
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_devices() -> None:
     counts = torch.tensor(COUNTS, device="cuda")
     for function in FROM_COUNTS.values():

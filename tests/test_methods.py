@@ -332,4 +332,4 @@ def test_guide() -> None:
     assert len(blocks) >= 3
     namespace: dict = {}
     for block in blocks:
-        exec(block.split("```")[0], namespace)  # noqa: S102 (our own guide)
+        exec(block.split("```")[0], namespace)

@@ -17,7 +17,7 @@ MANY_ABOVE = 100
 FEW_BELOW = 20
 CALIBRATION_BINS = 15
 
-# Columns of every table, in order: attribute of Scores, heading, format. Groups may be empty: None.
+# Columns of every table, in order: attribute of Scores and heading.
 COLUMNS: tuple[tuple[str, str], ...] = (
     ("overall", "overall"),
     ("many", "many"),

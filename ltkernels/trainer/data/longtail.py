@@ -7,7 +7,6 @@ takes the first ones. Classes keep the order of their labels: class 0 is the lar
 from __future__ import annotations
 
 import math
-from fractions import Fraction
 from typing import Literal, TypeAlias
 
 import numpy as np
@@ -36,11 +35,12 @@ def class_counts(
         raise TrainerError(f"max_count: expected at least 1 image, got {max_count}")
     if not (math.isfinite(imbalance_factor) and imbalance_factor >= 1):
         raise TrainerError(f"imbalance_factor: expected a finite number >= 1, got {imbalance_factor:g}")
-    # The last count as a fraction: 49 * (1 / 49) is below 1 in floating point, and would be rounded down to 0.
-    last = math.floor(max_count / Fraction(imbalance_factor))
+    # Rounded down a hair above: 49 * (1 / 49) is below 1 in floating point.
+    rounding = 1 + 1e-12
+    last = int(max_count / imbalance_factor * rounding)
     if profile == "exp":
-        counts = [int(max_count * imbalance_factor ** (-k / (num_classes - 1))) for k in range(num_classes - 1)]
-        counts = [*counts, last]
+        ratios = [imbalance_factor ** (-k / (num_classes - 1)) for k in range(num_classes)]
+        counts = [int(max_count * ratio * rounding) for ratio in ratios]
     elif profile == "step":
         counts = [max_count if k < (num_classes + 1) // 2 else last for k in range(num_classes)]
     else:
