@@ -29,6 +29,9 @@ SANITIZER_FLAGS = [f"-fsanitize={SANITIZE}", "-fno-omit-frame-pointer", "-g"] if
 # A maybe-uninitialized warning is GCC's own: its AVX-512 intrinsics leave a don't-care operand undefined on purpose.
 COMMON_FLAGS = ["-O3", "-std=c++20", "-Wall", "-Wextra", "-Wno-unused-parameter", "-g0", *SANITIZER_FLAGS]
 
+# at::parallel_for is a header: without this it is compiled to a serial loop. The runtime is the one torch has loaded.
+OPENMP_FLAGS = ["-fopenmp"] if platform.system() == "Linux" else []
+
 
 class BuildKernels(BuildExtension):
     """Compiles KERNEL_FILES for each capability, then builds the extension with the objects linked in."""
@@ -81,8 +84,8 @@ setup(
         CppExtension(
             "ltkernels._C",
             sources(),
-            extra_compile_args=COMMON_FLAGS,
-            extra_link_args=SANITIZER_FLAGS,
+            extra_compile_args=[*COMMON_FLAGS, *OPENMP_FLAGS],
+            extra_link_args=[*SANITIZER_FLAGS, *OPENMP_FLAGS],
         )
     ],
     cmdclass={"build_ext": BuildKernels},

@@ -76,6 +76,7 @@ constexpr at::ScalarType kAccType = std::is_same_v<acc_t, double> ? at::kDouble 
 // x as contiguous acc_t; the tensor keeps the memory alive.
 template <typename acc_t>
 at::Tensor as_vector(const at::Tensor& x) {
+  if (x.scalar_type() == kAccType<acc_t> && x.is_contiguous()) return x;  // saves two trips to the dispatcher
   return x.to(kAccType<acc_t>).contiguous();
 }
 
@@ -140,7 +141,7 @@ void Prepared<acc_t>::set_target(const at::Tensor& target_, int64_t ignore_index
     args.probability_type = element_type(target.scalar_type());
     return;
   }
-  target = target_.to(at::kLong).contiguous();
+  target = target_.scalar_type() == at::kLong && target_.is_contiguous() ? target_ : target_.to(at::kLong).contiguous();
   args.index = target.const_data_ptr<int64_t>();
   for (int64_t i = 0; i < args.rows; ++i) {
     const int64_t y = args.index[i];
@@ -208,7 +209,7 @@ std::unique_ptr<acc_t[]> make_scratch(const MarginSoftmaxKernels<acc_t>& kernels
 }
 
 int64_t rows_per_task(int64_t classes) {
-  constexpr int64_t kElementsPerTask = 16384;  // below this a second thread costs more than it saves
+  constexpr int64_t kElementsPerTask = 4096;  // below this a second thread costs more than it saves
   return std::max<int64_t>(1, kElementsPerTask / classes);
 }
 

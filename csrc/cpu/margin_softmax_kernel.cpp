@@ -19,12 +19,11 @@ namespace {
 template <typename A>
 constexpr A kInfinity = static_cast<A>(__builtin_inf());
 
-template <typename A>
-constexpr int64_t kUnroll = 4 * Simd<A>::kLanes;  // scratch is padded to this
-
+// Rows in scratch are padded to whole vectors.
 template <typename A>
 LTK_INLINE int64_t padded(int64_t classes) {
-  return (classes + kUnroll<A> - 1) / kUnroll<A> * kUnroll<A>;
+  constexpr int64_t W = Simd<A>::kLanes;
+  return (classes + W - 1) / W * W;
 }
 
 // ---------------------------------------------------------------------------------------------------- sweep 1: load
@@ -35,36 +34,38 @@ template <Affine kAffine, typename A, typename T>
 LTK_INLINE A load_adjusted(const T* logits, const MarginSoftmaxArgs<A>& p, A* v) {
   constexpr int64_t W = Simd<A>::kLanes;
   const int64_t C = p.classes;
-  const Vec<A> s = broadcast<A>(p.scale);
-  Vec<A> top[2] = {broadcast<A>(-kInfinity<A>), broadcast<A>(-kInfinity<A>)};
+  const A* scaled = p.scaled;
+  const A* bias = p.bias;
+  const A scale = p.scale;
+  Vec<A> top = broadcast<A>(-kInfinity<A>);
+  store(v + padded<A>(C) - W, top);
+  if (C < W) {
+    for (int64_t j = 0; j < C; ++j) {
+      A x = widen(logits[j]);
+      if constexpr (kAffine == Affine::kScale) x = x * scale;
+      if constexpr (kAffine == Affine::kBias) x = x * scale + bias[j];
+      if constexpr (kAffine == Affine::kScaleBias) x = x * scaled[j] + bias[j];
+      v[j] = x;
+    }
+    return lane_max<A>(larger(load(v), top));
+  }
   auto adjust = [&](int64_t j) __attribute__((always_inline)) {
     Vec<A> x = load(logits + j);
-    if constexpr (kAffine == Affine::kScale) x = x * s;
-    if constexpr (kAffine == Affine::kBias) x = x * s + load(p.bias + j);
-    if constexpr (kAffine == Affine::kScaleBias) x = x * load(p.scaled + j) + load(p.bias + j);
+    if constexpr (kAffine == Affine::kScale) x = x * scale;
+    if constexpr (kAffine == Affine::kBias) x = x * scale + load(bias + j);
+    if constexpr (kAffine == Affine::kScaleBias) x = x * load(scaled + j) + load(bias + j);
     store(v + j, x);
     return x;
   };
+  Vec<A> other = top;
   int64_t j = 0;
   for (; j + 2 * W <= C; j += 2 * W) {
-    top[0] = larger(adjust(j), top[0]);
-    top[1] = larger(adjust(j + W), top[1]);
+    top = larger(adjust(j), top);
+    other = larger(adjust(j + W), other);
   }
-  if (j + W <= C) {
-    top[0] = larger(adjust(j), top[0]);
-    j += W;
-  }
-  A best = lane_max<A>(larger(top[0], top[1]));
-  for (; j < C; ++j) {
-    A x = widen(logits[j]);
-    if constexpr (kAffine == Affine::kScale) x = x * p.scale;
-    if constexpr (kAffine == Affine::kBias) x = x * p.scale + p.bias[j];
-    if constexpr (kAffine == Affine::kScaleBias) x = x * p.scaled[j] + p.bias[j];
-    v[j] = x;
-    best = x > best ? x : best;
-  }
-  for (; j < padded<A>(C); ++j) v[j] = -kInfinity<A>;
-  return best;
+  if (j + W <= C) top = larger(adjust(j), top);
+  other = larger(adjust(C - W), other);  // the tail, overlapping: a vector for up to W - 1 scalar steps
+  return lane_max<A>(larger(top, other));
 }
 
 template <typename A, typename T>
@@ -78,12 +79,9 @@ LTK_INLINE A load_row_as(const MarginSoftmaxArgs<A>& p, int64_t i, A* v) {
 template <typename A>
 LTK_INLINE A max_of(const A* v, int64_t size) {
   constexpr int64_t W = Simd<A>::kLanes;
-  Vec<A> top[2] = {load(v), load(v + W)};
-  for (int64_t j = 2 * W; j < size; j += 2 * W) {
-    top[0] = larger(load(v + j), top[0]);
-    top[1] = larger(load(v + j + W), top[1]);
-  }
-  return lane_max<A>(larger(top[0], top[1]));
+  Vec<A> top = broadcast<A>(-kInfinity<A>);  // not load(v): a NaN there would stay
+  for (int64_t j = 0; j < size; j += W) top = larger(load(v + j), top);
+  return lane_max<A>(top);
 }
 
 // Row i of a matrix in any type, as acc_t.
@@ -155,15 +153,22 @@ template <bool kStore, typename A>
 LTK_INLINE A exp_sum(A* v, int64_t size, A shift) {
   constexpr int64_t W = Simd<A>::kLanes;
   const Vec<A> m = broadcast<A>(shift);
-  Vec<A> sum[4] = {};
-  for (int64_t j = 0; j < size; j += 4 * W) {
-    for (int k = 0; k < 4; ++k) {
-      const Vec<A> e = exp_nonpositive(load(v + j + k * W) - m);
-      if constexpr (kStore) store(v + j + k * W, e);
-      sum[k] += e;
-    }
+  Vec<A> sum = {}, other = {};
+  int64_t j = 0;
+  for (; j + 2 * W <= size; j += 2 * W) {
+    const Vec<A> e = exp_nonpositive(load(v + j) - m);
+    const Vec<A> f = exp_nonpositive(load(v + j + W) - m);
+    if constexpr (kStore) store(v + j, e);
+    if constexpr (kStore) store(v + j + W, f);
+    sum += e;
+    other += f;
   }
-  return lane_sum<A>((sum[0] + sum[1]) + (sum[2] + sum[3]));
+  if (j < size) {
+    const Vec<A> e = exp_nonpositive(load(v + j) - m);
+    if constexpr (kStore) store(v + j, e);
+    sum += e;
+  }
+  return lane_sum<A>(sum + other);
 }
 
 template <typename A>
@@ -177,16 +182,16 @@ LTK_INLINE void softmax_from(A* v, int64_t size, A shift, A logsum) {
 // ---------------------------------------------------------------------------------------------------- sweep 3: store
 
 template <typename A, typename T>
-LTK_INLINE void store_scaled(const A* g, A coefficient, const A* scaled, int64_t C, T* out) {
+LTK_INLINE void store_scaled(const A* g, A k, const A* scaled, int64_t C, T* out) {
   constexpr int64_t W = Simd<A>::kLanes;
-  const Vec<A> k = broadcast<A>(coefficient);
-  int64_t j = 0;
-  if (scaled == nullptr) {
-    for (; j + W <= C; j += W) store(out + j, load(g + j) * k);
-    for (; j < C; ++j) out[j] = narrow<T>(g[j] * coefficient);
+  if (C < W) {
+    for (int64_t j = 0; j < C; ++j) out[j] = narrow<T>(scaled == nullptr ? g[j] * k : g[j] * k * scaled[j]);
+  } else if (scaled == nullptr) {
+    for (int64_t j = 0; j + W <= C; j += W) store(out + j, load(g + j) * k);
+    store(out + C - W, load(g + C - W) * k);
   } else {
-    for (; j + W <= C; j += W) store(out + j, load(g + j) * k * load(scaled + j));
-    for (; j < C; ++j) out[j] = narrow<T>(g[j] * coefficient * scaled[j]);
+    for (int64_t j = 0; j + W <= C; j += W) store(out + j, load(g + j) * k * load(scaled + j));
+    store(out + C - W, load(g + C - W) * k * load(scaled + C - W));
   }
 }
 

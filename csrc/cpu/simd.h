@@ -83,25 +83,23 @@ LTK_INLINE A lane_max(Vec<A> v) {
   return top;
 }
 
-// exp for x <= 0 and NaN, within 1 ulp; 0 below -87.33, where float becomes subnormal.
+// exp for x <= 0 and NaN, within 1 ulp; below -87.68 the result, less than the smallest normal number, is 0.
 LTK_INLINE Vec<float> exp_nonpositive(Vec<float> x) {
   using F = Vec<float>;
   using Bits = Simd<float>::Bits;
-  const F lowest = broadcast(-87.33f);
-  const F clamped = x < lowest ? lowest : x;  // keeps NaN
+  const F clamped = larger(broadcast(-88.0f), x);  // in this order NaN stays NaN
   // n = round(x / ln 2) ends up in the low mantissa bits of a sum with 1.5 * 2^23.
   const F shifted = clamped * 1.44269504f + 12582912.0f;
   const F n = shifted - 12582912.0f;
   const F r = (clamped - n * 0.693359375f) - n * -2.12194440e-4f;  // ln 2 in two parts (Cody and Waite)
-  F p = r * 1.9875691500e-4f + 1.3981999507e-3f;                   // minimax polynomial of Cephes' expf
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * (r * r) + r + 1.0f;
-  const F power = reinterpret_cast<F>((reinterpret_cast<Bits>(shifted) + 127u) << 23);  // 2^n
-  const F result = p * power;
-  return x < lowest ? F{} : result;
+  F p = r * 1.3814539416e-3f + 8.3687454462e-3f;                   // minimax on |r| <= ln 2 / 2, error 3.6e-9
+  p = p * r + 4.1668388993e-2f;
+  p = p * r + 1.6666521132e-1f;
+  p = p * r + 4.9999994040e-1f;
+  p = p * r + 1.0f;
+  p = p * r + 1.0f;
+  // n = -127 gives the bits of 0: the clamped value, and all of -inf.
+  return p * reinterpret_cast<F>((reinterpret_cast<Bits>(shifted) + 127u) << 23);
 }
 
 LTK_INLINE Vec<double> exp_nonpositive(Vec<double> x) {
