@@ -42,8 +42,9 @@ inline torch::autograd::variable_list differentiable_once(
     inputs.push_back(std::move(input));
   }
   auto error = make_node<torch::autograd::DelayedError>(
-      "ltkernels: " + what + " can be differentiated once only; second derivatives are not implemented. "
-      "LTKERNELS_BACKEND=reference computes them.",
+      "ltkernels: " + what +
+          " can be differentiated once only; second derivatives are not implemented. "
+          "LTKERNELS_BACKEND=reference computes them.",
       static_cast<int64_t>(inputs.size()));
   return (*error)(std::move(inputs));
 }

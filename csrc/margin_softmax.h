@@ -30,17 +30,17 @@ struct MarginSoftmaxArgs {
   ElementType probability_type = ElementType::kFloat;
   int64_t ignore_index = -100;
 
-  acc_t scale = 1;                        // s, used where scaled is null
-  const acc_t* scaled = nullptr;          // (classes,) s * a
-  const acc_t* bias = nullptr;            // (classes,) b
-  const acc_t* margin = nullptr;          // (classes,) s * m
-  const acc_t* pairwise = nullptr;        // (classes, classes) Delta
-  const acc_t* weight = nullptr;          // (classes,) w
-  const acc_t* sample_weight = nullptr;   // (rows,) u
-  const bool* mask = nullptr;             // (classes,) or (rows, classes)
-  int64_t mask_stride = 0;                // 0 for one mask for all rows
-  acc_t smoothing = 0;                    // eps
-  acc_t inverse_normalizer = 1;           // 1/Z under a mean
+  acc_t scale = 1;                       // s, used where scaled is null
+  const acc_t* scaled = nullptr;         // (classes,) s * a
+  const acc_t* bias = nullptr;           // (classes,) b
+  const acc_t* margin = nullptr;         // (classes,) s * m
+  const acc_t* pairwise = nullptr;       // (classes, classes) Delta
+  const acc_t* weight = nullptr;         // (classes,) w
+  const acc_t* sample_weight = nullptr;  // (rows,) u
+  const bool* mask = nullptr;            // (classes,) or (rows, classes)
+  int64_t mask_stride = 0;               // 0 for one mask for all rows
+  acc_t smoothing = 0;                   // eps
+  acc_t inverse_normalizer = 1;          // 1/Z under a mean
 
   // Forward: statistics of each row, all 0 for an ignored row.
   acc_t* row_max = nullptr;     // (rows,) M = max_j v[j]
@@ -67,14 +67,13 @@ struct MarginSoftmaxKernels {
   // class_grad: null, or (3, classes) sums over the rows for a, b and m, added to.
   void (*backward)(const Args&, int64_t begin, int64_t end, acc_t* scratch, acc_t* class_grad);
   // Adds G of rows order[begin..end) to the (classes, classes) gradient of Delta, at the row of their class.
-  void (*pairwise)(
-      const Args&, const int64_t* order, int64_t begin, int64_t end, acc_t* scratch, acc_t* grad);
+  void (*pairwise)(const Args&, const int64_t* order, int64_t begin, int64_t end, acc_t* scratch, acc_t* grad);
 };
 
-#define LTK_DECLARE_KERNELS(CAPABILITY)                                  \
-  namespace CAPABILITY {                                                 \
-  extern const MarginSoftmaxKernels<float> margin_softmax_float;         \
-  extern const MarginSoftmaxKernels<double> margin_softmax_double;       \
+#define LTK_DECLARE_KERNELS(CAPABILITY)                            \
+  namespace CAPABILITY {                                           \
+  extern const MarginSoftmaxKernels<float> margin_softmax_float;   \
+  extern const MarginSoftmaxKernels<double> margin_softmax_double; \
   }
 LTK_DECLARE_KERNELS(DEFAULT)
 LTK_DECLARE_KERNELS(AVX2)

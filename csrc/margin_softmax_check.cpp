@@ -28,7 +28,8 @@ void check_vector(
   if (!x.has_value()) return;
   TORCH_CHECK_TYPE(is_supported_float(x->scalar_type()), name, ": expected a floating dtype, got ", x->scalar_type());
   check_device(name, *x, logits);
-  const bool fits = (x->dim() == 1 && x->sym_size(0) == logits.sym_size(dimension)) || (scalar_allowed && x->dim() == 0);
+  const bool fits =
+      (x->dim() == 1 && x->sym_size(0) == logits.sym_size(dimension)) || (scalar_allowed && x->dim() == 0);
   TORCH_CHECK_VALUE(
       fits, name, ": expected shape (", logits.sym_size(dimension), scalar_allowed ? ",) or ()" : ",)",
       " for logits of shape ", logits.sym_sizes(), ", got ", x->sym_sizes());
@@ -59,12 +60,11 @@ void check_target(const at::Tensor& logits, const at::Tensor& target, int64_t ig
       target.scalar_type());
   TORCH_CHECK_VALUE(
       target.dim() == 2 && target.sym_size(0) == logits.sym_size(0) && target.sym_size(1) == logits.sym_size(1),
-      "target: expected probabilities in the shape of the logits, ", logits.sym_sizes(), ", got ",
-      target.sym_sizes());
+      "target: expected probabilities in the shape of the logits, ", logits.sym_sizes(), ", got ", target.sym_sizes());
   TORCH_CHECK_VALUE(!pairwise, "pairwise_margin: expected class indices as target, got probabilities");
   TORCH_CHECK_VALUE(
-      ignore_index < 0, "ignore_index: expected class indices as target, got probabilities with ignore_index=",
-      ignore_index);
+      ignore_index < 0,
+      "ignore_index: expected class indices as target, got probabilities with ignore_index=", ignore_index);
   TORCH_CHECK_VALUE(
       !(at::GradMode::is_enabled() && target.requires_grad()),
       "target: probabilities that require grad are not supported; pass target.detach()");
@@ -106,8 +106,7 @@ void check_margin_softmax(LTK_MARGIN_TENSOR_PARAMETERS, int64_t ignore_index, do
   check_vector("sample_weight", sample_weight, logits, 0, false);
   check_pairwise(pairwise_margin, logits);
   check_mask(mask, logits);
-  TORCH_CHECK_VALUE(
-      std::isfinite(scale) && scale > 0, "scale: expected a finite number above 0, got ", scale);
+  TORCH_CHECK_VALUE(std::isfinite(scale) && scale > 0, "scale: expected a finite number above 0, got ", scale);
   TORCH_CHECK_VALUE(
       label_smoothing >= 0 && label_smoothing <= 1, "label_smoothing: expected a number in [0, 1], got ",
       label_smoothing);

@@ -31,17 +31,21 @@ using ThreeTensors = std::tuple<Tensor, Tensor, Tensor>;
 
 TORCH_LIBRARY(ltkernels, m) {
   m.set_python_module("ltkernels._ops");
-  m.def("margin_softmax(" LTK_MARGIN_SCHEMA ", bool return_lse) -> (Tensor loss, Tensor lse)",
-        {at::Tag::pt2_compliant_tag});
-  m.def("margin_softmax_fwd(" LTK_MARGIN_SCHEMA ", bool with_grad) -> (Tensor loss, Tensor stats, Tensor grad)",
-        {at::Tag::pt2_compliant_tag});
-  m.def("margin_softmax_bwd(Tensor grad_loss, Tensor? grad_lse, Tensor stats, " LTK_MARGIN_SCHEMA
-        ", int grads) -> (Tensor grad_logits, Tensor grad_class, Tensor grad_pairwise)",
-        {at::Tag::pt2_compliant_tag});
+  m.def(
+      "margin_softmax(" LTK_MARGIN_SCHEMA ", bool return_lse) -> (Tensor loss, Tensor lse)",
+      {at::Tag::pt2_compliant_tag});
+  m.def(
+      "margin_softmax_fwd(" LTK_MARGIN_SCHEMA ", bool with_grad) -> (Tensor loss, Tensor stats, Tensor grad)",
+      {at::Tag::pt2_compliant_tag});
+  m.def(
+      "margin_softmax_bwd(Tensor grad_loss, Tensor? grad_lse, Tensor stats, " LTK_MARGIN_SCHEMA
+      ", int grads) -> (Tensor grad_logits, Tensor grad_class, Tensor grad_pairwise)",
+      {at::Tag::pt2_compliant_tag});
   m.def("margin_softmax_scale_(Tensor(a!) grad, Tensor grad_output) -> ()", {at::Tag::pt2_compliant_tag});
-  m.def("margin_softmax_check(Tensor logits, Tensor target, Tensor? weight, Tensor? logit_scale, Tensor? logit_bias, "
-        "Tensor? target_margin, Tensor? pairwise_margin, Tensor? mask, Tensor? sample_weight, float scale, "
-        "int ignore_index, float label_smoothing) -> ()");
+  m.def(
+      "margin_softmax_check(Tensor logits, Tensor target, Tensor? weight, Tensor? logit_scale, Tensor? logit_bias, "
+      "Tensor? target_margin, Tensor? pairwise_margin, Tensor? mask, Tensor? sample_weight, float scale, "
+      "int ignore_index, float label_smoothing) -> ()");
 }
 
 template <typename Signature>
@@ -68,13 +72,9 @@ void call_scale_(Tensor grad, const Tensor& grad_output) {
   op.call(std::move(grad), grad_output);
 }
 
-bool requires_grad(const OptionalTensor& x) {
-  return x.has_value() && x->defined() && x->requires_grad();
-}
+bool requires_grad(const OptionalTensor& x) { return x.has_value() && x->defined() && x->requires_grad(); }
 
-Tensor value_or_undefined(const OptionalTensor& x) {
-  return x.has_value() ? *x : Tensor();
-}
+Tensor value_or_undefined(const OptionalTensor& x) { return x.has_value() ? *x : Tensor(); }
 
 OptionalTensor unpack_optional(const SavedVariable& saved) {
   Tensor x = saved.unpack();
@@ -117,8 +117,9 @@ struct MarginSoftmaxBackward : public torch::autograd::Node {
 
   void release_variables() override {
     const std::lock_guard<std::mutex> lock(mutex_);
-    for (SavedVariable* saved : {&logits_, &target_, &weight_, &logit_scale_, &logit_bias_, &target_margin_,
-                                 &pairwise_margin_, &mask_, &sample_weight_, &stats_, &loss_, &grad_}) {
+    for (SavedVariable* saved :
+         {&logits_, &target_, &weight_, &logit_scale_, &logit_bias_, &target_margin_, &pairwise_margin_, &mask_,
+          &sample_weight_, &stats_, &loss_, &grad_}) {
       saved->reset_data();
     }
     released_ = true;
@@ -161,7 +162,7 @@ struct MarginSoftmaxBackward : public torch::autograd::Node {
 
   void recompute(const Tensor& upstream, const OptionalTensor& upstream_lse, variable_list& grads) {
     const bool class_wanted = task_should_compute_output(kLogitScale) || task_should_compute_output(kLogitBias) ||
-        task_should_compute_output(kTargetMargin);
+                              task_should_compute_output(kTargetMargin);
     int64_t wanted = 0;
     if (task_should_compute_output(kLogits)) wanted |= kGradLogits;
     if (class_wanted) wanted |= kGradClass;
@@ -173,8 +174,8 @@ struct MarginSoftmaxBackward : public torch::autograd::Node {
     const auto [grad_logits, grad_class, grad_pairwise] = call_bwd(
         grad_loss, upstream_lse, stats, logits, target_.unpack(), unpack_optional(weight_),
         unpack_optional(logit_scale_), unpack_optional(logit_bias_), unpack_optional(target_margin_),
-        unpack_optional(pairwise_margin_), unpack_optional(mask_), unpack_optional(sample_weight_), scale_,
-        reduction_, ignore_index_, label_smoothing_, wanted);
+        unpack_optional(pairwise_margin_), unpack_optional(mask_), unpack_optional(sample_weight_), scale_, reduction_,
+        ignore_index_, label_smoothing_, wanted);
     if (wanted & kGradLogits) grads[kLogits] = grad_logits;
     if (task_should_compute_output(kLogitScale)) {
       const Tensor a = logit_scale_.unpack();
@@ -237,7 +238,7 @@ std::tuple<Tensor, Tensor> margin_softmax_autograd(LTK_MARGIN_PARAMETERS, bool r
   forbid_forward_mode({logits, a, b, m, delta, u});
   const bool needs_graph = torch::autograd::compute_requires_grad(logits, a, b, m, delta, u);
   const bool class_grads = requires_grad(logit_scale) || requires_grad(logit_bias) || requires_grad(target_margin) ||
-      requires_grad(pairwise_margin);
+                           requires_grad(pairwise_margin);
   const bool precompute = needs_graph && logits.requires_grad() && reduction != kNone && !return_lse && !class_grads;
 
   Tensor loss, stats, grad;
@@ -254,8 +255,9 @@ std::tuple<Tensor, Tensor> margin_softmax_autograd(LTK_MARGIN_PARAMETERS, bool r
   const bool u_requires_grad = requires_grad(sample_weight);
   if (!precompute || u_requires_grad) {
     // The logits may be modified after a precomputed gradient: do not hold on to them.
-    node->save_arguments(precompute ? Tensor() : logits, target, weight, logit_scale, logit_bias, target_margin,
-                         pairwise_margin, mask, sample_weight, scale, reduction, ignore_index, label_smoothing);
+    node->save_arguments(
+        precompute ? Tensor() : logits, target, weight, logit_scale, logit_bias, target_margin, pairwise_margin, mask,
+        sample_weight, scale, reduction, ignore_index, label_smoothing);
     node->stats_ = SavedVariable(stats, false);
   }
   if (u_requires_grad && reduction == kMean) node->loss_ = SavedVariable(loss.detach(), false);
@@ -278,7 +280,8 @@ ThreeTensors margin_softmax_fwd_autograd(LTK_MARGIN_PARAMETERS, bool with_grad) 
     results = call_fwd(LTK_MARGIN_ARGUMENTS, with_grad);
   }
   if (!torch::autograd::compute_requires_grad(logits)) return results;
-  auto marked = differentiable_once("margin_softmax_fwd", {std::get<0>(results), std::get<1>(results), std::get<2>(results)});
+  auto marked =
+      differentiable_once("margin_softmax_fwd", {std::get<0>(results), std::get<1>(results), std::get<2>(results)});
   return {marked[0], marked[1], marked[2]};
 }
 
@@ -291,7 +294,8 @@ ThreeTensors margin_softmax_bwd_autograd(
     results = call_bwd(grad_loss, grad_lse, stats, LTK_MARGIN_ARGUMENTS, grads);
   }
   if (!torch::autograd::compute_requires_grad(logits, grad_loss)) return results;
-  auto marked = differentiable_once("margin_softmax_bwd", {std::get<0>(results), std::get<1>(results), std::get<2>(results)});
+  auto marked =
+      differentiable_once("margin_softmax_bwd", {std::get<0>(results), std::get<1>(results), std::get<2>(results)});
   return {marked[0], marked[1], marked[2]};
 }
 
@@ -305,13 +309,9 @@ TORCH_LIBRARY_IMPL(ltkernels, Autograd, m) {
   m.impl("margin_softmax_bwd", &margin_softmax_bwd_autograd);
 }
 
-TORCH_LIBRARY_IMPL(ltkernels, CompositeExplicitAutograd, m) {
-  m.impl("margin_softmax", &margin_softmax_plain);
-}
+TORCH_LIBRARY_IMPL(ltkernels, CompositeExplicitAutograd, m) { m.impl("margin_softmax", &margin_softmax_plain); }
 
-TORCH_LIBRARY_IMPL(ltkernels, CompositeImplicitAutograd, m) {
-  m.impl("margin_softmax_check", &margin_softmax_check);
-}
+TORCH_LIBRARY_IMPL(ltkernels, CompositeImplicitAutograd, m) { m.impl("margin_softmax_check", &margin_softmax_check); }
 
 }  // namespace
 }  // namespace ltkernels

@@ -62,7 +62,7 @@ def margin_cross_entropy(
         target_margin: ``(C,)`` margin taken off the target's logit before scaling.
         pairwise_margin: ``(C, C)``; row ``y`` is added to the adjusted logits of samples of class ``y``. Class
             indices only.
-        scale: Positive number, or 0-d tensor if it is learned.
+        scale: Positive number, or 0-d tensor if it is learned (its sign is not checked).
         mask: Boolean ``(C,)``, ``(N, C)`` or the shape of ``input``; ``False`` removes a class: probability and
             gradient exactly 0. A removed target gives ``+inf``, a row with no class left ``NaN``.
         sample_weight: ``()``, ``(N,)`` or ``(N, d1, ...)`` weight of each sample.
@@ -93,13 +93,12 @@ def margin_cross_entropy(
         >>> loss = LF.margin_cross_entropy(logits, target, logit_bias=counts.log())  # balanced softmax
         >>> loss.backward()
     """
-    if reduction not in _REDUCTIONS:
+    if not isinstance(reduction, str) or reduction not in _REDUCTIONS:
         raise ValueError(f"reduction: expected 'none', 'mean' or 'sum', got {reduction!r}")
-    if not isinstance(input, Tensor) or not isinstance(target, Tensor):
-        name, value = ("target", target) if isinstance(input, Tensor) else ("input", input)
-        raise TypeError(f"{name}: expected a Tensor, got {type(value).__name__}")
+    optional = (weight, logit_scale, logit_bias, target_margin, pairwise_margin, mask, sample_weight)
+    _check_types((input, target), optional, scale, ignore_index, label_smoothing)
     if isinstance(scale, Tensor):
-        logit_scale, target_margin = _fold_scale(scale, logit_scale, target_margin)
+        logit_scale, target_margin = _fold_scale(scale, logit_scale, target_margin, input)
         scale = 1.0
 
     shape = None
@@ -134,10 +133,34 @@ def margin_cross_entropy(
     return loss, lse if shape is None else lse.reshape(shape)
 
 
+_TENSORS = ("input", "target")
+_OPTIONAL = ("weight", "logit_scale", "logit_bias", "target_margin", "pairwise_margin", "mask", "sample_weight")
+
+
+def _check_types(tensors: tuple, optional: tuple, scale, ignore_index, label_smoothing) -> None:
+    """The dispatcher would answer a wrong Python type with a RuntimeError about its schema."""
+    for x in tensors:
+        if not isinstance(x, Tensor):
+            name = _TENSORS[[x is t for t in tensors].index(True)]
+            raise TypeError(f"{name}: expected a Tensor, got {type(x).__name__}")
+    for x in optional:
+        if x is not None and not isinstance(x, Tensor):
+            name = _OPTIONAL[[x is t for t in optional].index(True)]
+            raise TypeError(f"{name}: expected a Tensor or None, got {type(x).__name__}")
+    if not isinstance(scale, (float, int, Tensor)):
+        raise TypeError(f"scale: expected a number or a 0-d Tensor, got {type(scale).__name__}")
+    if not isinstance(ignore_index, int):
+        raise TypeError(f"ignore_index: expected an int, got {type(ignore_index).__name__}")
+    if not isinstance(label_smoothing, (float, int)):
+        raise TypeError(f"label_smoothing: expected a number, got {type(label_smoothing).__name__}")
+
+
 def _fold_scale(
-    scale: Tensor, logit_scale: Tensor | None, target_margin: Tensor | None
+    scale: Tensor, logit_scale: Tensor | None, target_margin: Tensor | None, input: Tensor
 ) -> tuple[Tensor, Tensor | None]:
     """A tensor scale is (s * a, s * m) with s = 1, in differentiable torch."""
+    if scale.device != input.device:
+        raise ValueError(f"scale: expected a tensor on {input.device} like input, got one on {scale.device}")
     if scale.dim() != 0 or not scale.is_floating_point():
         raise ValueError(
             f"scale: expected a number or a 0-d floating tensor, got {scale.dtype} of shape {tuple(scale.shape)}"
@@ -178,10 +201,9 @@ def _as_rows(
     if sample_weight is not None:
         if sample_weight.dim() == 1 and input.dim() > 2 and sample_weight.shape[0] == input.shape[0]:
             sample_weight = sample_weight.reshape(-1, *[1] * (input.dim() - 2)).expand(samples)
-        if sample_weight.shape != torch.Size(samples) and input.dim() > 1:
-            raise ValueError(
-                f"sample_weight: expected shape ({input.shape[0]},) or {samples}, got {tuple(sample_weight.shape)}"
-            )
+        if sample_weight.shape != torch.Size(samples):
+            expected = f"({input.shape[0]},) or {samples}" if samples else "()"
+            raise ValueError(f"sample_weight: expected shape {expected}, got {tuple(sample_weight.shape)}")
         sample_weight = sample_weight.reshape(-1)
     target = rows_of_classes(target) if probabilities else target.reshape(-1)
     return rows_of_classes(input), target, mask, sample_weight

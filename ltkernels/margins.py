@@ -439,7 +439,7 @@ def _log_prior(class_counts: ClassCounts) -> Tensor:
 def _effective_number(class_counts: ClassCounts, beta: float) -> Tensor:
     counts = class_counts_of(class_counts)
     beta = number("beta", beta, "in [0, 1)")
-    # 1 - beta^n as written loses all digits where beta^n is near 1; expm1 loses none.
+    # 1 - beta^n as written loses the digits of a fractional n where beta^n is near 1; expm1 loses none.
     log_beta = math.log(beta) if beta > 0 else -math.inf
     return -torch.expm1(counts * log_beta) / (1 - beta)
 

@@ -82,5 +82,5 @@ def margin_softmax(
         return row_loss, lse
     if reduction == "sum":
         return row_loss.sum(), lse
-    normalizer = (u * w[y] * kept).sum() if indices else u.sum()
+    normalizer = torch.where(kept, u * w[y], 0.0).sum() if indices else u.sum()
     return row_loss.sum() / normalizer, lse

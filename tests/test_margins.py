@@ -79,19 +79,18 @@ def test_defaults_and_scales() -> None:
     assert torch.equal(M.pairwise_logit_adjustment(COUNTS).pairwise_margin.diagonal(), torch.zeros(5))
 
 
-@pytest.mark.parametrize("beta", [0.0, 1e-3, 0.5, 0.99, 0.9999, 1 - 1e-9, 1 - 2**-53])
+@pytest.mark.parametrize("beta", [0.0, 1e-3, 0.5, 0.9999, 1 - 1e-9, 1 - 1e-12, 1 - 2**-53])
 def test_class_balanced_weight_is_exact(beta: float) -> None:
-    """Against 60 digits: 1 - beta^n as the authors write it has no correct digit left at the larger beta."""
+    """Against 60 digits: 1 - beta^n as the authors write it has no digit left where n is no integer and beta near 1."""
+    counts = [500, 20.25, 1280, 0.7, 5.5]
     with localcontext() as context:
         context.prec = 60
         exact_beta = Decimal(beta)
-        effective = [(1 - exact_beta**n) / (1 - exact_beta) for n in COUNTS]
+        effective = [(1 - exact_beta ** Decimal(n)) / (1 - exact_beta) for n in counts]
         total = sum(1 / e for e in effective)
-        weight = [float(len(COUNTS) / e / total) for e in effective]
-        effective = [float(e) for e in effective]
-    exact = torch.tensor([effective, weight], dtype=torch.float64)
-    ours = torch.stack([M.effective_number(COUNTS, beta), M.class_balanced_weight(COUNTS, beta)])
-    torch.testing.assert_close(ours.double(), exact, rtol=2**-24 + 1e-12, atol=0)
+        exact = [[float(e) for e in effective], [float(5 / e / total) for e in effective]]
+    ours = torch.stack([M.effective_number(counts, beta), M.class_balanced_weight(counts, beta)])
+    torch.testing.assert_close(ours.double(), torch.tensor(exact, dtype=torch.float64), rtol=2**-24 + 1e-12, atol=0)
 
 
 def test_class_balanced_weight_equals_released_code() -> None:

@@ -110,8 +110,7 @@ struct Prepared {
 };
 
 template <typename acc_t>
-void Prepared<acc_t>::set_affine(
-    const OptionalTensor& logit_scale, const OptionalTensor& logit_bias, double scale) {
+void Prepared<acc_t>::set_affine(const OptionalTensor& logit_scale, const OptionalTensor& logit_bias, double scale) {
   args.scale = args.raw_scale = static_cast<acc_t>(scale);
   if (logit_bias.has_value()) {
     bias = as_vector<acc_t>(*logit_bias);
@@ -252,8 +251,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> forward(LTK_MARGIN_PARAMETERS, bo
   args.row_max = stats.mutable_data_ptr<acc_t>();
   args.row_logsum = args.row_max + args.rows;
   args.row_loss = args.row_logsum + args.rows;
-  at::Tensor grad = with_grad ? empty_gradient(args.rows, args.classes, logits.options())
-                              : at::empty({0}, logits.options());
+  at::Tensor grad =
+      with_grad ? empty_gradient(args.rows, args.classes, logits.options()) : at::empty({0}, logits.options());
   if (with_grad) args.grad = grad.mutable_data_ptr();
 
   const auto& kernels = variant().template kernels<acc_t>();
@@ -315,7 +314,7 @@ at::Tensor run_pairwise(
   acc_t* out = grad.mutable_data_ptr<acc_t>();
   auto first_row_of = [&](int64_t y) {
     return std::lower_bound(rows, rows + args.rows, y, [&](int64_t row, int64_t c) { return args.index[row] < c; }) -
-        rows;
+           rows;
   };
   at::parallel_for(0, args.classes, 1, [&](int64_t first, int64_t last) {
     const auto scratch = make_scratch(kernels, args.classes);
@@ -348,8 +347,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> backward(
   if (grads & kGradClass) class_grad = at::empty({3, args.classes}, options);
   const auto& kernels = variant().template kernels<acc_t>();
   if (grads & (kGradLogits | kGradClass)) run_backward(kernels, args, class_grad);
-  at::Tensor pairwise_grad = grads & kGradPairwise ? run_pairwise(kernels, args, prepared.target, options)
-                                                   : at::empty({0}, options);
+  at::Tensor pairwise_grad =
+      grads & kGradPairwise ? run_pairwise(kernels, args, prepared.target, options) : at::empty({0}, options);
   variant().backward.add();
   return {grad, class_grad.defined() ? class_grad : at::empty({0}, options), pairwise_grad};
 }
@@ -357,9 +356,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> backward(
 std::tuple<at::Tensor, at::Tensor, at::Tensor> margin_softmax_bwd(
     const at::Tensor& grad_loss, const OptionalTensor& grad_lse, const at::Tensor& stats, LTK_MARGIN_PARAMETERS,
     int64_t grads) {
-  return logits.scalar_type() == at::kDouble
-      ? backward<double>(grad_loss, grad_lse, stats, LTK_MARGIN_ARGUMENTS, grads)
-      : backward<float>(grad_loss, grad_lse, stats, LTK_MARGIN_ARGUMENTS, grads);
+  return logits.scalar_type() == at::kDouble ? backward<double>(grad_loss, grad_lse, stats, LTK_MARGIN_ARGUMENTS, grads)
+                                             : backward<float>(grad_loss, grad_lse, stats, LTK_MARGIN_ARGUMENTS, grads);
 }
 
 // grad *= grad_output in place. An upstream gradient of 1, the usual case, touches nothing.

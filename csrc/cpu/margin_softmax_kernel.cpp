@@ -383,8 +383,7 @@ void backward(const MarginSoftmaxArgs<A>& p, int64_t begin, int64_t end, A* scra
 }
 
 template <typename A>
-void pairwise(
-    const MarginSoftmaxArgs<A>& p, const int64_t* order, int64_t begin, int64_t end, A* scratch, A* grad) {
+void pairwise(const MarginSoftmaxArgs<A>& p, const int64_t* order, int64_t begin, int64_t end, A* scratch, A* grad) {
   A* v = scratch;
   A* t = scratch + padded<A>(p.classes);
   for (int64_t n = begin; n < end; ++n) {

@@ -187,16 +187,12 @@ LTK_INLINE void store(BFloat16* p, Vec<float> v) {
 }
 
 #if defined(__AVX512F__)
-LTK_INLINE Vec<float> load(const Half* p) {
-  return reinterpret_cast<Vec<float>>(_mm512_cvtph_ps(load_as<__m256i>(p)));
-}
+LTK_INLINE Vec<float> load(const Half* p) { return reinterpret_cast<Vec<float>>(_mm512_cvtph_ps(load_as<__m256i>(p))); }
 LTK_INLINE void store(Half* p, Vec<float> v) {
   store_as(p, _mm512_cvtps_ph(reinterpret_cast<__m512>(v), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
 #elif defined(__F16C__)
-LTK_INLINE Vec<float> load(const Half* p) {
-  return reinterpret_cast<Vec<float>>(_mm256_cvtph_ps(load_as<__m128i>(p)));
-}
+LTK_INLINE Vec<float> load(const Half* p) { return reinterpret_cast<Vec<float>>(_mm256_cvtph_ps(load_as<__m128i>(p))); }
 LTK_INLINE void store(Half* p, Vec<float> v) {
   store_as(p, _mm256_cvtps_ph(reinterpret_cast<__m256>(v), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }

@@ -24,7 +24,7 @@ COLUMNS: tuple[tuple[str, str], ...] = (
     ("medium", "medium"),
     ("few", "few"),
     ("worst_class", "worst class"),
-    ("harmonic_mean", "harmonic mean"),
+    ("harmonic_mean", "harm. mean"),
     ("ece", "ECE"),
 )
 

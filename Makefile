@@ -1,0 +1,66 @@
+# make train   set up everything and run the main job on real data
+# make test    set up everything and run every test
+#
+# Both work on a bare clone: they create a virtual environment, install torch first (TORCH= overrides the requirement),
+# then the rest without build isolation, which would fetch a second torch. A second call reuses what is there.
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV ?= .venv
+BIN := $(VENV)/bin
+NATIVE := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h)
+READY := $(VENV)/.ready
+
+.PHONY: train test setup build lint format benchmark report sanitize gpu dist clean
+
+train: setup
+	$(BIN)/ltkernels train digits
+
+test: setup
+	$(BIN)/python -m pytest
+
+setup: $(READY)
+
+$(VENV)/.torch:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet "$(TORCH)" numpy
+	$(BIN)/python -m pip install --quiet "setuptools>=77" wheel ninja
+	touch $@
+
+$(READY): $(VENV)/.torch pyproject.toml setup.py $(NATIVE)
+	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[trainer,triton,test,lint]"
+	touch $@
+
+# The extension alone, in place, with whatever Python is at hand (PYTHON=...).
+build:
+	$(PYTHON) setup.py build_ext --inplace
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(NATIVE)
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(NATIVE)
+
+# Run on a machine that does nothing else.
+benchmark: setup
+	$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-json=benchmarks/results/cpu-raw.json
+	$(BIN)/python -m benchmarks.report benchmarks/results/cpu-raw.json
+
+# The native code under AddressSanitizer and UndefinedBehaviorSanitizer, in a build of its own.
+sanitize: setup
+	tests/sanitize.sh $(abspath $(BIN))/python
+
+# GPU tests and benchmarks with the Python at hand: no virtual environment, no download, the extension built in place.
+gpu:
+	$(PYTHON) -m benchmarks.run_gpu
+
+dist: setup
+	$(BIN)/python -m pip install --quiet build
+	$(BIN)/python -m build --no-isolation
+
+clean:
+	rm -rf build dist *.egg-info ltkernels/_C.so ltkernels/_build.json

@@ -1,0 +1,107 @@
+"""The command ``ltkernels``: ``doctor`` needs the core only, ``train`` and what else the trainer offers its extras."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import platform
+import sys
+from importlib import metadata
+
+_USAGE = """usage: ltkernels <command> [options]
+
+  doctor          which backend serves which device, and why
+  train RECIPE    train with the reference trainer (pip install ltkernels[trainer]); RECIPE --help shows every field
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one command and returns the exit status."""
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(_USAGE, end="")
+        return 0
+    if argv[0] == "--version":
+        print(f"ltkernels {metadata.version('ltkernels')}")
+        return 0
+    if argv[0] == "doctor":
+        return doctor()
+    missing = [name for name in _trainer_modules() if importlib.util.find_spec(name) is None]
+    if missing:
+        print(
+            f"ltkernels {argv[0]}: the trainer needs {', '.join(missing)}. "
+            "Install its dependencies with: pip install 'ltkernels[trainer]'",
+            file=sys.stderr,
+        )
+        return 2
+    from ltkernels.trainer import cli
+
+    return cli.main(argv)
+
+
+def _trainer_modules() -> tuple[str, ...]:
+    return ("lightning_fabric", "torchmetrics", "tyro", "rich", "matplotlib", "sklearn")
+
+
+def doctor() -> int:
+    """Prints versions, the backend of each device with the reason, and whether a real call ran the kernel it names."""
+    import torch
+
+    print(f"ltkernels  {metadata.version('ltkernels')}")
+    print(f"python     {platform.python_version()} on {platform.system()} {platform.machine()}")
+    print(f"torch      {torch.__version__}")
+    try:
+        from ltkernels import _build_info, _ops
+    except (ImportError, OSError) as error:
+        print(f"extension  NOT LOADED: {error}")
+        return 1
+    built = _build_info.description()
+    print(f"extension  built against torch {built['torch']}, CPU kernels for {', '.join(built['capabilities'])}")
+    forced = " (LTKERNELS_BACKEND)" if "LTKERNELS_BACKEND" in os.environ else ""
+    print(f"backend    {_ops.BACKEND}{forced}")
+    healthy = _report_device("cpu", _cpu_reason(_ops))
+    if torch.cuda.is_available():
+        healthy &= _report_device("cuda", f"{torch.cuda.get_device_name()}, {_triton_reason()}")
+    else:
+        print(f"cuda       none: torch.cuda.is_available() is False; {_triton_reason()}")
+    print("others     the definition in plain torch (ltkernels.reference)")
+    return 0 if healthy else 1
+
+
+def _cpu_reason(ops) -> str:
+    import torch
+
+    capability = torch.ops.ltkernels.cpu_capability()
+    lowered = " set by ATEN_CPU_CAPABILITY" if "ATEN_CPU_CAPABILITY" in os.environ else ""
+    return f"capability {capability}{lowered}, {torch.get_num_threads()} threads"
+
+
+def _triton_reason() -> str:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed (pip install 'ltkernels[triton]')"
+    return f"triton {metadata.version('triton')}"
+
+
+def _report_device(device: str, reason: str) -> bool:
+    """Runs a small loss on the device, says which kernel served it and whether it agrees with the definition."""
+    import torch
+
+    from ltkernels import _ops, functional, reference
+
+    if not _ops.uses_kernel(torch.empty(0, device=device)):
+        print(f"{device:<10} the definition in plain torch: LTKERNELS_BACKEND=reference")
+        return True
+    logits = torch.randn(8, 10, device=device, generator=torch.Generator(device).manual_seed(0)).requires_grad_()
+    target = torch.arange(8, device=device)
+    before = _ops.kernel_calls()
+    loss = functional.margin_cross_entropy(logits, target)
+    loss.backward()
+    ran = [name for name, count in _ops.kernel_calls().items() if count > before.get(name, 0)]
+    expected, _ = reference.margin_softmax(logits, target, *[None] * 7, 1.0, "mean", -100, 0.0)
+    agrees = bool(torch.allclose(loss, expected, rtol=1e-5)) and bool(ran)
+    print(f"{device:<10} {', '.join(ran) or 'no kernel ran'} ({reason}): {'ok' if agrees else 'WRONG RESULT'}")
+    return agrees
+
+
+if __name__ == "__main__":
+    sys.exit(main())
