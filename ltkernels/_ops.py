@@ -20,8 +20,7 @@ BACKEND = os.environ.get("LTKERNELS_BACKEND", "auto")
 if BACKEND not in BACKENDS:
     raise ImportError(f"LTKERNELS_BACKEND: expected one of {', '.join(BACKENDS)}, got {BACKEND!r}")
 
-# Devices with a kernel of ours; the definition in reference.py serves all others.
-_KERNEL_DEVICES = frozenset({"cpu", "cuda", "meta"})
+_KERNELS_ENABLED = BACKEND == "auto"
 
 # The overload itself: looking it up through torch.ops costs a microsecond a call.
 margin_softmax = torch.ops.ltkernels.margin_softmax.default
@@ -31,8 +30,8 @@ GRAD_LOGITS, GRAD_CLASS, GRAD_PAIRWISE = 1, 2, 4  # bits of margin_softmax_bwd's
 
 
 def uses_kernel(x: Tensor) -> bool:
-    """Whether a kernel, not the definition, serves tensors on the device of ``x``."""
-    return BACKEND == "auto" and x.device.type in _KERNEL_DEVICES
+    """Whether a kernel, not the definition in reference.py, serves tensors on the device of ``x``."""
+    return _KERNELS_ENABLED and (x.is_cpu or x.is_cuda or x.is_meta)
 
 
 def kernel_calls() -> dict[str, int]:

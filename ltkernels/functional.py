@@ -95,14 +95,16 @@ def margin_cross_entropy(
     """
     if not isinstance(reduction, str) or reduction not in _REDUCTIONS:
         raise ValueError(f"reduction: expected 'none', 'mean' or 'sum', got {reduction!r}")
-    optional = (weight, logit_scale, logit_bias, target_margin, pairwise_margin, mask, sample_weight)
-    _check_types((input, target), optional, scale, ignore_index, label_smoothing)
+    if not isinstance(input, Tensor) or not isinstance(target, Tensor):
+        name, value = ("target", target) if isinstance(input, Tensor) else ("input", input)
+        raise TypeError(f"{name}: expected a Tensor, got {type(value).__name__}")
     if isinstance(scale, Tensor):
         logit_scale, target_margin = _fold_scale(scale, logit_scale, target_margin, input)
         scale = 1.0
 
     shape = None
     if input.dim() != 2:
+        _check_types(weight, logit_scale, logit_bias, target_margin, pairwise_margin, mask, sample_weight)
         shape = (*input.shape[:1], *input.shape[2:]) if input.dim() > 1 else ()
         input, target, mask, sample_weight = _as_rows(input, target, mask, sample_weight)
 
@@ -118,13 +120,19 @@ def margin_cross_entropy(
         sample_weight,
         scale,
     )
-    if _ops.uses_kernel(input):
-        loss, lse = _ops.margin_softmax(
-            *arguments, _REDUCTIONS[reduction], ignore_index, label_smoothing, return_lse
-        )
-    else:
-        _ops.margin_softmax_check(*arguments, ignore_index, label_smoothing)
-        loss, lse = reference.margin_softmax(*arguments, reduction, ignore_index, label_smoothing)
+    try:
+        if _ops.uses_kernel(input):
+            loss, lse = _ops.margin_softmax(
+                *arguments, _REDUCTIONS[reduction], ignore_index, label_smoothing, return_lse
+            )
+        else:
+            _ops.margin_softmax_check(*arguments, ignore_index, label_smoothing)
+            loss, lse = reference.margin_softmax(*arguments, reduction, ignore_index, label_smoothing)
+    except RuntimeError:
+        # The dispatcher's answer to a wrong Python type; checked after the fact, as it would cost every call.
+        _check_types(*arguments[2:9])
+        _check_numbers(scale, ignore_index, label_smoothing)
+        raise
 
     if shape is not None and reduction == "none":
         loss = loss.reshape(shape)
@@ -133,21 +141,17 @@ def margin_cross_entropy(
     return loss, lse if shape is None else lse.reshape(shape)
 
 
-_TENSORS = ("input", "target")
 _OPTIONAL = ("weight", "logit_scale", "logit_bias", "target_margin", "pairwise_margin", "mask", "sample_weight")
 
 
-def _check_types(tensors: tuple, optional: tuple, scale, ignore_index, label_smoothing) -> None:
-    """The dispatcher would answer a wrong Python type with a RuntimeError about its schema."""
-    for x in tensors:
-        if not isinstance(x, Tensor):
-            name = _TENSORS[[x is t for t in tensors].index(True)]
-            raise TypeError(f"{name}: expected a Tensor, got {type(x).__name__}")
-    for x in optional:
+def _check_types(*optional) -> None:
+    for name, x in zip(_OPTIONAL, optional, strict=True):
         if x is not None and not isinstance(x, Tensor):
-            name = _OPTIONAL[[x is t for t in optional].index(True)]
             raise TypeError(f"{name}: expected a Tensor or None, got {type(x).__name__}")
-    if not isinstance(scale, (float, int, Tensor)):
+
+
+def _check_numbers(scale, ignore_index, label_smoothing) -> None:
+    if not isinstance(scale, (float, int)):
         raise TypeError(f"scale: expected a number or a 0-d Tensor, got {type(scale).__name__}")
     if not isinstance(ignore_index, int):
         raise TypeError(f"ignore_index: expected an int, got {type(ignore_index).__name__}")

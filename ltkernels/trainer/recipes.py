@@ -67,7 +67,7 @@ class LogitAdjustment(Method):
     tau: float
     """Strength of the log-prior added to the logits in training."""
 
-    title: ClassVar[str] = "logit adjustment"
+    title: ClassVar[str] = "logit adj."
     search_space: ClassVar[SearchSpace] = {**_OPTIMISER_SPACE, "tau": (0.5, 0.75, 1.0, 1.25, 1.5)}
 
     def __post_init__(self) -> None:

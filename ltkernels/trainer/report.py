@@ -98,20 +98,24 @@ def table_rows(results: Results) -> tuple[list[str], list[list[str]]]:
     return headings, rows
 
 
-def terminal_table(results: Results) -> Table:
+def terminal_table(results: Results, width: int) -> Table:
+    """The table for a terminal of ``width`` characters; from 80 on no column is cut off."""
     headings, rows = table_rows(results)
     table = Table(
         box=SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
         pad_edge=False,
+        show_edge=False,
         title=f"Accuracy on the balanced test set, %, mean ± standard deviation, {seeds_phrase(results)}",
     )
+
+    def fitting(cell: str) -> str:
+        return cell if width >= 120 else cell.replace(" ", "\n")
+
     for column, heading in enumerate(headings):
-        words = " ".join([heading, *(row[column] for row in rows)]).split()
-        # Cells break between words on a narrow terminal, not inside them.
-        table.add_column(heading, justify="right" if column else "left", min_width=max(map(len, words)))
+        table.add_column(fitting(heading), justify="right" if column else "left", no_wrap=True)
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(fitting, row))
     return table
 
 

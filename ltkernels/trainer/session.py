@@ -162,7 +162,7 @@ def _print_data(console: Console, config: dict[str, Any]) -> None:
 
 def _print_results(console: Console, folder: RunFolder, results: Results, status: str, seconds: float) -> None:
     if results.runs:
-        console.print(report.terminal_table(results))
+        console.print(report.terminal_table(results, console.width))
         console.print(report.groups_sentence(results.counts), highlight=False, soft_wrap=True)
     for sentence in report.verdicts(results):
         console.print(sentence.replace("**", ""), highlight=False, markup=False, soft_wrap=True)

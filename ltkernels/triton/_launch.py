@@ -14,7 +14,7 @@ kernel_calls: Counter[str] = Counter()
 
 # Rows of up to this many classes stay in registers from load to store; by whether the target is a distribution, which
 # needs a second value for each logit. Halved for float64.
-WHOLE_ROW_CLASSES = {False: 16384, True: 8192}
+WHOLE_ROW_CLASSES = {False: 8192, True: 4096}
 # Up to this many rows, each program sums Z itself, which saves a launch; beyond, a kernel sums Z in 64 parts first.
 INLINE_NORMALIZER_ROWS = 512
 NORMALIZER_PARTS = 64
@@ -134,7 +134,7 @@ def row_blocks(n_classes: int, double: bool, limit: int) -> Blocks:
     if block > (limit // 2 if double else limit):
         return Blocks(1, min(4096 if double else 8192, block // 2), 16)
     rows = min(max(1, 2048 // block), 32)  # short rows share a program, so that its threads are as busy
-    return Blocks(rows, block, min(16, max(1, rows * block // 512)))
+    return Blocks(rows, block, max(4, block // 512))
 
 
 @functools.cache

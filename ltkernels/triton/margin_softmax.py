@@ -139,12 +139,11 @@ def _forward_two_sweeps(
     if DENSE:
         share = smoothing_share(p, rows, present, n_classes, shape[3], smoothing, flags, ADDITIVE, ACC, BLOCK)
 
-    # Sums are kept by lane, so that a block costs one reduction across threads, that of its maximum.
     top = tl.full([ROWS], float("-inf"), ACC)
     shift = tl.zeros([ROWS], ACC)
-    mass_lanes = tl.zeros([ROWS, BLOCK], ACC)
-    total_lanes = tl.zeros([ROWS, BLOCK], ACC)
-    expected_lanes = tl.zeros([ROWS, BLOCK], ACC)  # of v - shift under t'; if not DENSE, v[y] itself
+    mass = tl.zeros([ROWS], ACC)
+    total = tl.zeros([ROWS], ACC)
+    expected = tl.zeros([ROWS], ACC)  # of v - shift under t'; if not DENSE, v[y] itself
     for start in range(0, n_classes, BLOCK):
         cols = start + tl.arange(0, BLOCK)
         tile = row_tile(p, rows, cols, present, row, share, shape, scale, smoothing, flags, AFFINE, ADDITIVE, DENSE, ACC)
@@ -152,23 +151,20 @@ def _forward_two_sweeps(
         new_top = tl.maximum(top, tl.max(v, axis=1))
         new_shift = tl.where(new_top == float("-inf"), 0.0, new_top)
         z = v - new_shift[:, None]
-        mass_lanes = mass_lanes * tl.exp(top - new_shift)[:, None] + tl.exp(z)
+        mass = mass * tl.exp(top - new_shift) + tl.sum(tl.exp(z), axis=1)
         if DENSE:
             weighted = tile[1]
-            moved = total_lanes * (shift - new_shift)[:, None]
-            expected_lanes += moved + tl.where(weighted != 0, weighted * z, 0.0)
-            total_lanes += weighted
+            part = tl.sum(tl.where(weighted != 0, weighted * z, 0.0), axis=1)
+            expected += total * (shift - new_shift) + part
+            total += tl.sum(weighted, axis=1)
         else:
-            expected_lanes = tl.where(cols[None, :] == y[:, None], v, expected_lanes)
+            expected += tl.sum(tl.where(cols[None, :] == y[:, None], v, 0.0), axis=1)
         top = new_top
         shift = new_shift
-    mass = tl.sum(mass_lanes, axis=1)
-    expected = tl.sum(expected_lanes, axis=1)
-    if DENSE:
-        total = tl.sum(total_lanes, axis=1) + poison
-    else:
-        total = w_y + poison
+    if not DENSE:
+        total = w_y
         expected = tl.where(w_y != 0, w_y * (expected - shift), 0.0)
+    total += poison
     inverse_z = inverse_normalizer(
         p, z_parts_ptr, n_parts, inline_rows, z_constant, n_classes, ignore_index, flags, ACC, Z_BLOCK
     )
