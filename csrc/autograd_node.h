@@ -30,23 +30,20 @@ auto make_node(Args&&... args) {
   }
 }
 
-// `results` as they are, but differentiating them raises: a gradient penalty must not lose its second-order term
-// without a word. Identity where no graph is being recorded.
-inline torch::autograd::variable_list differentiable_once(
-    const std::string& what, torch::autograd::variable_list results) {
-  if (!at::GradMode::is_enabled()) return results;
-  torch::autograd::variable_list inputs;
-  for (const at::Tensor& result : results) {
-    at::Tensor input = result.defined() ? result.detach() : result;
-    if (input.defined()) input.set_requires_grad(true);
-    inputs.push_back(std::move(input));
-  }
-  auto error = make_node<torch::autograd::DelayedError>(
+// Makes the second derivative of `results` raise: a gradient penalty must not lose its second-order term without a word.
+// `edges` lead to what the results were computed from, so that the error lies on every path back to it (and on the path
+// of the enclosing level under nested torch.func.grad). Does nothing where no graph is being recorded.
+inline void differentiable_once(
+    const std::string& what, const torch::autograd::variable_list& results, torch::autograd::edge_list edges) {
+  if (!at::GradMode::is_enabled()) return;
+  auto error = make_node<torch::autograd::Error>(
       "ltkernels: " + what +
           " can be differentiated once only; second derivatives are not implemented. "
           "LTKERNELS_BACKEND=reference computes them.",
-      static_cast<int64_t>(inputs.size()));
-  return (*error)(std::move(inputs));
+      std::move(edges));
+  for (const at::Tensor& result : results) {
+    if (result.defined()) torch::autograd::set_history(result, error);
+  }
 }
 
 }  // namespace ltkernels

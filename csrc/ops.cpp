@@ -139,7 +139,12 @@ struct MarginSoftmaxBackward : public torch::autograd::Node {
     if (task_should_compute_output(kSampleWeight) && upstream[0].defined()) {
       grads[kSampleWeight] = sample_weight_gradient(upstream[0]);
     }
-    return differentiable_once("margin_cross_entropy", std::move(grads));
+    torch::autograd::edge_list edges = next_edges();
+    for (const Tensor& x : upstream) {
+      if (x.defined() && x.requires_grad()) edges.push_back(torch::autograd::impl::gradient_edge(x));
+    }
+    differentiable_once("margin_cross_entropy", grads, std::move(edges));
+    return grads;
   }
 
  private:
@@ -191,22 +196,29 @@ struct MarginSoftmaxBackward : public torch::autograd::Node {
     if (wanted & kGradPairwise) grads[kPairwiseMargin] = grad_pairwise.to(pairwise_margin_.unpack().scalar_type());
   }
 
-  // du_i = upstream_i * r_i, or upstream * (r_i - k_i * loss) / Z under a mean with Z = sum_i u_i k_i.
+  // du_i = upstream_i * r_i, or upstream * (r_i - k_i * loss) / Z under a mean with Z = sum_i u_i k_i; 0 if ignored.
   Tensor sample_weight_gradient(const Tensor& upstream) {
     const Tensor row_loss = stats_.unpack().select(0, 2);
     const Tensor u = sample_weight_.unpack();
-    if (reduction_ != kMean) return (upstream * row_loss).to(u.scalar_type());
-    Tensor k = at::ones_like(row_loss);
     const Tensor target = target_.unpack();
-    if (!target.is_floating_point()) {
-      const Tensor kept = target.ne(ignore_index_);
-      if (const auto weight = unpack_optional(weight_)) {
-        k = weight->to(k.scalar_type()).index_select(0, target.mul(kept).to(at::kLong));
+    const bool indices = !target.is_floating_point();
+    // As int64: -100 does not fit every integer dtype.
+    const Tensor index = indices ? target.to(at::kLong) : Tensor();
+    const Tensor kept = indices ? index.ne(ignore_index_) : Tensor();
+    Tensor grad = upstream * row_loss;
+    if (reduction_ == kMean) {
+      Tensor k = at::ones_like(row_loss);
+      if (indices) {
+        if (const auto weight = unpack_optional(weight_)) {
+          k = weight->to(k.scalar_type()).index_select(0, index.mul(kept));
+        }
+        k = k * kept;
       }
-      k = k * kept;
+      const Tensor normalizer = (u.to(k.scalar_type()) * k).sum();
+      grad = upstream * (row_loss - k * loss_.unpack()) / normalizer;
     }
-    const Tensor normalizer = (u.to(k.scalar_type()) * k).sum();
-    return (upstream * (row_loss - k * loss_.unpack()) / normalizer).to(u.scalar_type());
+    // Not a product with `kept`: the loss may be NaN.
+    return (indices ? at::where(kept, grad, 0) : grad).to(u.scalar_type());
   }
 };
 
@@ -273,16 +285,26 @@ std::tuple<Tensor, Tensor> margin_softmax_autograd(LTK_MARGIN_PARAMETERS, bool r
 
 // ------------------------------------------------------- fwd and bwd called with a graph: right once, never silently
 
+template <typename... Inputs>
+ThreeTensors mark_differentiable_once(const char* name, ThreeTensors results, const Inputs&... inputs) {
+  forbid_forward_mode({inputs...});
+  if (torch::autograd::compute_requires_grad(inputs...)) {
+    const auto& [first, second, third] = results;
+    differentiable_once(name, {first, second, third}, torch::autograd::collect_next_edges(inputs...));
+  }
+  return results;
+}
+
 ThreeTensors margin_softmax_fwd_autograd(LTK_MARGIN_PARAMETERS, bool with_grad) {
   ThreeTensors results;
   {
     const at::AutoDispatchBelowADInplaceOrView guard;
     results = call_fwd(LTK_MARGIN_ARGUMENTS, with_grad);
   }
-  if (!torch::autograd::compute_requires_grad(logits)) return results;
-  auto marked =
-      differentiable_once("margin_softmax_fwd", {std::get<0>(results), std::get<1>(results), std::get<2>(results)});
-  return {marked[0], marked[1], marked[2]};
+  return mark_differentiable_once(
+      "margin_softmax_fwd", std::move(results), logits, value_or_undefined(logit_scale),
+      value_or_undefined(logit_bias), value_or_undefined(target_margin), value_or_undefined(pairwise_margin),
+      value_or_undefined(sample_weight));
 }
 
 ThreeTensors margin_softmax_bwd_autograd(
@@ -293,10 +315,10 @@ ThreeTensors margin_softmax_bwd_autograd(
     const at::AutoDispatchBelowADInplaceOrView guard;
     results = call_bwd(grad_loss, grad_lse, stats, LTK_MARGIN_ARGUMENTS, grads);
   }
-  if (!torch::autograd::compute_requires_grad(logits, grad_loss)) return results;
-  auto marked =
-      differentiable_once("margin_softmax_bwd", {std::get<0>(results), std::get<1>(results), std::get<2>(results)});
-  return {marked[0], marked[1], marked[2]};
+  return mark_differentiable_once(
+      "margin_softmax_bwd", std::move(results), grad_loss, value_or_undefined(grad_lse), logits,
+      value_or_undefined(logit_scale), value_or_undefined(logit_bias), value_or_undefined(target_margin),
+      value_or_undefined(pairwise_margin), value_or_undefined(sample_weight));
 }
 
 void margin_softmax_check(LTK_MARGIN_TENSOR_PARAMETERS, int64_t ignore_index, double label_smoothing) {

@@ -68,19 +68,21 @@ def _share_of_row(args: list, batched, target: Tensor, rows: int, logits: Tensor
         return u
     k = u
     if not target.is_floating_point():
-        kept = target != args[_IGNORE_INDEX]
+        index = target.long()  # ignore_index does not fit every integer dtype
+        kept = index != args[_IGNORE_INDEX]
         if args[_WEIGHT] is not None:
-            k = k * args[_WEIGHT].to(acc)[torch.where(kept, target, 0).long()]
+            k = k * args[_WEIGHT].to(acc)[torch.where(kept, index, 0)]
         k = torch.where(kept, k, 0.0)
     return u / k.sum(1, keepdim=True)
 
 
-def _reduced(loss: Tensor, batch: int, rows: int, reduction: int) -> Tensor:
-    loss = loss.reshape(batch, rows)
+def _reduced(loss: Tensor, share: Tensor, reduction: int) -> Tensor:
+    loss = loss.reshape(share.shape)
     if reduction == _NONE:
         return loss
-    # An empty mean is NaN; the sum over no rows would be 0.
-    return loss.sum(1) if rows or reduction != _MEAN else loss.new_full((batch,), torch.nan)
+    total = loss.sum(1)
+    # A mean over no rows is NaN, and so is one with all rows ignored: their loss is 0, but Z is 0 too.
+    return torch.where(share.isfinite().any(1), total, torch.nan) if reduction == _MEAN else total
 
 
 @torch.library.register_vmap("ltkernels::margin_softmax")
@@ -88,10 +90,10 @@ def _(info, in_dims, *args):
     *_, return_lse = args
     if not _foldable(in_dims):
         return _loop(_ops.margin_softmax, info, in_dims, args)
-    folded, rows, _ = _fold(info, in_dims, args)
+    folded, rows, share = _fold(info, in_dims, args)
     loss, lse = _ops.margin_softmax(*folded)
     lse = lse.reshape(info.batch_size, rows) if return_lse else lse.new_empty((info.batch_size, 0))
-    return (_reduced(loss, info.batch_size, rows, args[_REDUCTION]), lse), (0, 0)
+    return (_reduced(loss, share, args[_REDUCTION]), lse), (0, 0)
 
 
 @torch.library.register_vmap("ltkernels::margin_softmax_fwd")
@@ -99,11 +101,11 @@ def _(info, in_dims, *args):
     *_, with_grad = args
     if not _foldable(in_dims):
         return _loop(_ops.margin_softmax_fwd, info, in_dims, args)
-    folded, rows, _ = _fold(info, in_dims, args)
+    folded, rows, share = _fold(info, in_dims, args)
     batch = info.batch_size
     loss, stats, grad = _ops.margin_softmax_fwd(*folded)
     grad = grad.reshape(batch, rows, -1) if with_grad else grad.new_empty((batch, 0))
-    loss = _reduced(loss, batch, rows, args[_REDUCTION])
+    loss = _reduced(loss, share, args[_REDUCTION])
     return (loss, stats.reshape(3, batch, rows), grad), (0, 1, 0)
 
 

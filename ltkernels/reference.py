@@ -48,11 +48,13 @@ def margin_softmax(
     u = vector(sample_weight, 1.0, rows)
 
     indices = not target.is_floating_point()
-    kept = target != ignore_index if indices else torch.ones(rows, dtype=torch.bool, device=logits.device)
     if indices:
-        y = torch.where(kept, target, 0).long()
+        target = target.long()  # ignore_index does not fit every integer dtype
+        kept = target != ignore_index
+        y = torch.where(kept, target, 0)
         t = torch.nn.functional.one_hot(y, classes).to(acc)
     else:
+        kept = torch.ones(rows, dtype=torch.bool, device=logits.device)
         t = target.to(acc)
     allowed = torch.ones_like(t, dtype=torch.bool) if mask is None else mask.expand(rows, classes)
 
@@ -61,7 +63,8 @@ def margin_softmax(
     # d(a f)/da is f, which is defined as 0 where f = -inf so that a removed class does not poison a's gradient.
     removed = f == -torch.inf
     af = torch.where(removed, a.detach() * f, a * torch.where(removed, 0.0, f))
-    v = scale * (af - m * t) + b
+    mt = torch.where(t != 0, m * t, 0.0)  # a term with t = 0 is 0, in m's gradient too, whatever the row holds
+    v = scale * (af - mt) + b
     if pairwise_margin is not None:
         v = v + pairwise_margin.to(acc)[y]
     v = v.masked_fill(~allowed, -torch.inf)
@@ -73,7 +76,7 @@ def margin_softmax(
     weighted = w * smoothed
     lse = torch.logsumexp(v, dim=1)
     lse = torch.where(lse == -torch.inf, torch.nan, lse)  # a row with no class left has no distribution
-    # A term with t' = 0 is 0, also where v = -inf.
+    # Likewise a term with t' = 0, also where v = -inf.
     expected = torch.where(weighted != 0, weighted * v, 0.0).sum(1)
     row_loss = torch.where(kept, u, 0.0) * torch.where(kept, weighted.sum(1) * lse - expected, 0.0)
     lse = torch.where(kept, lse, 0.0)

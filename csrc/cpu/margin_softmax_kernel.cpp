@@ -364,7 +364,7 @@ void add_class_gradients(const MarginSoftmaxArgs<A>& p, int64_t i, const A* g, A
     dm[p.index[i]] -= p.raw_scale * g[p.index[i]];
   } else {
     widen_row(p.probability, p.probability_type, i * p.probability_stride, C, row);
-    for (int64_t j = 0; j < C; ++j) dm[j] -= p.raw_scale * row[j] * g[j];
+    for (int64_t j = 0; j < C; ++j) dm[j] -= row[j] == 0 ? 0 : p.raw_scale * row[j] * g[j];
   }
 }
 

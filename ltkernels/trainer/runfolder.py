@@ -34,20 +34,20 @@ class RunFolder:
         """
         stamp = f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
         path, number = out or RUNS / stamp, 1
-        while True:
-            try:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.mkdir()
-                return cls(path)
-            except FileExistsError as error:
-                if out is not None:
-                    raise TrainerError(
-                        f"{out} exists: a run folder is never overwritten, give another --out"
-                    ) from error
-                number += 1
-                path = RUNS / f"{stamp}-{number}"
-            except OSError as error:
-                raise TrainerError(f"cannot make the run folder {path}: {error.strerror}") from error
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            while True:
+                try:
+                    path.mkdir()
+                    return cls(path)
+                except FileExistsError as error:
+                    if out is not None:
+                        message = f"{out} exists: a run folder is never overwritten, give another --out"
+                        raise TrainerError(message) from error
+                    number += 1
+                    path = RUNS / f"{stamp}-{number}"
+        except OSError as error:
+            raise TrainerError(f"cannot make the run folder {path}: {error.strerror}") from error
 
     def write(self, name: str, content: str | bytes) -> None:
         """Write a file of the folder; a reader sees the old content or the new, never a part."""

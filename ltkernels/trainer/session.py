@@ -91,8 +91,7 @@ def run_training(options: TrainOptions, recipe_name: str, command: str, console:
             with RunProgress(console, runs, recipe.epochs, line_every=len(options.titles)) as progress:
                 for run in _train_all(fabric, recipe, options.titles, splits, progress):
                     results = results.with_run(run)
-                    folder.write("metrics.csv", report.metrics_csv(results))
-                    folder.write("per_class_accuracy.csv", report.per_class_csv(results))
+                    _write_scores(folder, results)
         except KeyboardInterrupt:
             status = "interrupted"
         except TrainerError as error:
@@ -101,10 +100,16 @@ def run_training(options: TrainOptions, recipe_name: str, command: str, console:
         finally:
             seconds = time.perf_counter() - started
             if results.runs:
+                _write_scores(folder, results)  # once more: an interrupt may have come in between
                 folder.write("per_class_accuracy.png", report.per_class_picture(results))
             folder.write("report.md", report.markdown_report(results, config, status, seconds))
     _print_results(console, folder, results, status, seconds)
     return 0 if status == "complete" else 130
+
+
+def _write_scores(folder: RunFolder, results: Results) -> None:
+    folder.write("metrics.csv", report.metrics_csv(results))
+    folder.write("per_class_accuracy.csv", report.per_class_csv(results))
 
 
 def _train_all(

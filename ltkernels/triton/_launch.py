@@ -12,9 +12,10 @@ from torch import Tensor
 # Launches by kernel: tests and diagnostics see which kernel served a call.
 kernel_calls: Counter[str] = Counter()
 
-# Rows of up to this many classes stay in registers from load to store; by whether the target is a distribution, which
-# needs a second value for each logit. Halved for float64.
-WHOLE_ROW_CLASSES = {False: 8192, True: 4096}
+# Rows of up to this many classes stay in registers from load to store, if they are plain (no a, b, mask, Delta or
+# distribution as target) or not. Above, a processor could hold only one block of threads, which would wait for its
+# loads and for its stores in turn: two sweeps in smaller blocks overlap them, and the second sweep hits the caches.
+WHOLE_ROW_CLASSES, WHOLE_PLAIN_ROW_CLASSES = 4096, 8192
 # Up to this many rows, each program sums Z itself, which saves a launch; beyond, a kernel sums Z in 64 parts first.
 INLINE_NORMALIZER_ROWS = 512
 NORMALIZER_PARTS = 64
@@ -113,6 +114,10 @@ def prepare(
     )  # fmt: skip
 
 
+def ceil_div(x: int, y: int) -> int:
+    return -(-x // y)  # triton.cdiv unwraps constexprs first, at 2 us a call
+
+
 def _unit_stride(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
@@ -127,19 +132,21 @@ class Blocks(NamedTuple):
 def row_blocks(n_classes: int, double: bool, limit: int) -> Blocks:
     """Blocks of the forward pass: whole rows up to ``limit`` classes, else parts of one row.
 
-    16 values a thread are two 16-byte loads of bfloat16 in flight and leave registers for two blocks of 16 warps on a
-    processor. 8 warps or fewer may have 32: the row's maximum and sums then cross fewer warps.
+    8 values a thread (4 in float64) take 40 to 90 registers, by variant: a processor then holds 16 to 40 warps, and
+    about 16 KB of bfloat16 are on their way to it, which is what the latency of memory times its bandwidth asks for.
     """
+    values = 4 if double else 8
+    if double:
+        limit //= 2
     block = max(16, triton.next_power_of_2(n_classes))
-    if block > (limit // 2 if double else limit):
-        return Blocks(1, min(4096 if double else 8192, block // 2), 16)
-    rows = min(max(1, 2048 // block), 32)  # short rows share a program, so that its threads are as busy
-    return Blocks(rows, block, max(4, block // 512))
+    if block > limit:
+        return Blocks(1, min(16 * 32 * values, block // 2), 16)
+    rows = min(max(1, 4 * 32 * values // block), 32)  # short rows share a program
+    return Blocks(rows, block, min(16, max(4, block // (32 * values))))
 
 
 @functools.cache
 def tile_blocks(n_classes: int, double: bool) -> Blocks:
-    """Tiles of the backward kernels: 8 values a thread, one 16-byte load of bfloat16, beside three sums of each."""
+    """Tiles of the backward kernels: as many values a thread as in the forward pass, on 4 warps."""
     block = min(max(16, triton.next_power_of_2(n_classes)), 256)
-    rows = min((512 if double else 1024) // block, 32)
-    return Blocks(rows, block, max(1, rows * block // (128 if double else 256)))
+    return Blocks(min((512 if double else 1024) // block, 32), block, 4)

@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ltkernels.triton import _launch
-from ltkernels.triton._launch import kernel_calls
+from ltkernels.triton._launch import ceil_div, kernel_calls
 from ltkernels.triton.margin_softmax_backward import margin_softmax_bwd
 from ltkernels.triton.margin_softmax_rows import (
     inverse_normalizer,
@@ -146,7 +146,9 @@ def _forward_two_sweeps(
     expected = tl.zeros([ROWS], ACC)  # of v - shift under t'; if not DENSE, v[y] itself
     for start in range(0, n_classes, BLOCK):
         cols = start + tl.arange(0, BLOCK)
-        tile = row_tile(p, rows, cols, present, row, share, shape, scale, smoothing, flags, AFFINE, ADDITIVE, DENSE, ACC)
+        tile = row_tile(
+            p, rows, cols, present, row, share, shape, scale, smoothing, flags, AFFINE, ADDITIVE, DENSE, ACC
+        )
         v = tile[0]
         new_top = tl.maximum(top, tl.max(v, axis=1))
         new_shift = tl.where(new_top == float("-inf"), 0.0, new_top)
@@ -209,13 +211,14 @@ def margin_softmax_fwd(
             stats, logits, target, weight, logit_scale, logit_bias, target_margin, pairwise_margin, mask,
             sample_weight, label_smoothing,
         )  # fmt: skip
-        limit = _launch.WHOLE_ROW_CLASSES[x.dense]
+        plain = not (x.affine or x.additive or x.dense)
+        limit = _launch.WHOLE_PLAIN_ROW_CLASSES if plain else _launch.WHOLE_ROW_CLASSES
         rows, block, warps = _launch.row_blocks(n_classes, double, limit)
         kernel = _forward_whole_rows if block >= n_classes else _forward_two_sweeps
         with torch.cuda.device_of(logits):
             z_parts, n_parts, inline_rows, z_constant = launch_normalizer(x, stats, reduction, ignore_index)
             kernel_calls["triton.margin_softmax.forward"] += 1
-            kernel[(triton.cdiv(n_rows, rows),)](
+            kernel[(ceil_div(n_rows, rows),)](
                 x.operands, row_loss, stats, grad, z_parts, n_rows, x.class_units, x.logits_units, x.target_units,
                 x.mask_units, ignore_index, x.flags, n_parts, inline_rows, z_constant, scale, label_smoothing,
                 VEC=x.vec, ROWS=rows, BLOCK=block, Z_BLOCK=128 * min(warps, 4), AFFINE=x.affine,
@@ -252,6 +255,6 @@ def margin_softmax_scale_(grad: Tensor, grad_output: Tensor) -> None:
         block = 4096
         with torch.cuda.device_of(grad):
             kernel_calls["triton.margin_softmax.scale"] += 1
-            _scale_in_place[(min(triton.cdiv(size, block), 1024),)](
+            _scale_in_place[(min(ceil_div(size, block), 1024),)](
                 grad, grad_output, size, BLOCK=block, num_warps=8, enable_fp_fusion=True
             )

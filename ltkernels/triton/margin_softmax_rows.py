@@ -178,35 +178,37 @@ def row_tile(
     """(ROWS, BLOCK) each: v (-inf where not allowed), t' for u = 1, allowed, s * a, f and t."""
     n_classes, logits_stride, target_stride, mask_stride = shape
     y, kept, u, w_y, m_y, poison = row
-    inside = present[:, None] & (cols < n_classes)[None, :]
-    f = tl.load(p.logits + rows[:, None] * logits_stride + cols[None, :], mask=inside, other=0.0).to(ACC)
+    # Loads per class are full tiles as well: they then get the thread layout of the logits, without an exchange.
+    cols = tl.broadcast_to(cols[None, :], [rows.shape[0], cols.shape[0]])
+    inside = present[:, None] & (cols < n_classes)
+    f = tl.load(p.logits + rows[:, None] * logits_stride + cols, mask=inside, other=0.0).to(ACC)
 
     s = tl.cast(scale, ACC)
     slope = s * tl.load(p.logit_scale, mask=_length(1, flags, ONE_SCALE) != 0, other=1.0).to(ACC)
     if AFFINE:
         a = tl.load(p.logit_scale + cols, mask=cols < _length(n_classes, flags, CLASS_SCALE), other=1.0).to(ACC)
         b = tl.load(p.logit_bias + cols, mask=cols < _length(n_classes, flags, BIAS), other=0.0).to(ACC)
-        slope = slope * a[None, :]
-        v = f * slope + b[None, :]
+        slope = slope * a
+        v = f * slope + b
     else:
         v = f * slope
     probabilities: tl.constexpr = p.target.dtype.element_ty.is_floating()
     if probabilities:
-        t = tl.load(p.target + rows[:, None] * target_stride + cols[None, :], mask=inside, other=0.0).to(ACC)
+        t = tl.load(p.target + rows[:, None] * target_stride + cols, mask=inside, other=0.0).to(ACC)
         m = tl.load(p.target_margin + cols, mask=cols < _length(n_classes, flags, MARGIN), other=0.0).to(ACC)
-        v -= s * m[None, :] * t
+        v -= s * m * t
     else:
-        is_target = cols[None, :] == y[:, None]
+        is_target = cols == y[:, None]
         t = is_target.to(ACC)
         v = tl.where(is_target, v - (s * m_y)[:, None], v)
 
     allowed = inside
     if ADDITIVE:
-        has_pairwise = inside & (cols < _length(n_classes, flags, PAIRWISE))[None, :]
-        offsets = tl.maximum(y, 0).to(tl.int64)[:, None] * n_classes + cols[None, :]
+        has_pairwise = inside & (cols < _length(n_classes, flags, PAIRWISE))
+        offsets = tl.maximum(y, 0).to(tl.int64)[:, None] * n_classes + cols
         v += tl.load(p.pairwise_margin + offsets, mask=has_pairwise, other=0.0).to(ACC)
-        has_mask = inside & (cols < _length(n_classes, flags, MASK))[None, :]
-        mask = tl.load(p.mask + rows[:, None] * mask_stride + cols[None, :], mask=has_mask, other=1)
+        has_mask = inside & (cols < _length(n_classes, flags, MASK))
+        mask = tl.load(p.mask + rows[:, None] * mask_stride + cols, mask=has_mask, other=1)
         allowed = inside & (mask != 0)
     v = tl.where(allowed, v, float("-inf"))
 
@@ -215,7 +217,7 @@ def row_tile(
         if probabilities:
             weighted = tl.where(allowed, weighted, 0.0)
         w = tl.load(p.weight + cols, mask=cols < _length(n_classes, flags, WEIGHT), other=1.0).to(ACC)
-        weighted *= w[None, :]
+        weighted *= w
     else:
         weighted = tl.where(is_target, w_y[:, None], 0.0)
     return v, weighted, allowed, slope, f, t
