@@ -1,0 +1,64 @@
+"""The command line without the trainer: usage, doctor, and what it says when something is missing."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+
+import pytest
+
+from ltkernels import cli
+
+
+def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "ltkernels.cli", *arguments],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def test_usage_names_every_command(capsys):
+    assert cli.main([]) == 0
+    out = capsys.readouterr().out
+    assert "doctor" in out and "train" in out
+
+
+def test_doctor_names_the_kernel_that_ran():
+    done = run("doctor")
+    assert done.returncode == 0, done.stderr
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("cpu ")]
+    assert "margin_softmax" in line and line.endswith(": ok")
+
+
+def test_doctor_shows_a_lowered_capability():
+    done = run("doctor", ATEN_CPU_CAPABILITY="default")
+    assert "cpu.default.margin_softmax" in done.stdout
+    assert "set by ATEN_CPU_CAPABILITY" in done.stdout
+
+
+def test_doctor_shows_a_forced_reference():
+    done = run("doctor", LTKERNELS_BACKEND="reference")
+    assert done.returncode == 0
+    assert "the definition in plain torch: LTKERNELS_BACKEND=reference" in done.stdout
+
+
+def test_doctor_fails_on_a_wrong_result(monkeypatch, capsys):
+    import ltkernels.functional as LF
+
+    right = LF.margin_cross_entropy
+    monkeypatch.setattr(LF, "margin_cross_entropy", lambda *args, **kwargs: right(*args, **kwargs) * 1.01)
+    assert cli.doctor() == 1
+    assert "WRONG RESULT" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("missing", ["tyro", "lightning_fabric"])
+def test_train_without_extras_says_what_to_install(monkeypatch, capsys, missing):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == missing else found(name))
+    assert cli.main(["train", "digits"]) == 2
+    assert missing in capsys.readouterr().err
