@@ -131,13 +131,12 @@ struct MarginSoftmaxBackward : public torch::autograd::Node {
     variable_list grads(kOutputs);
     const bool lse_used = upstream.size() > 1 && upstream[1].defined();
     if (!upstream[0].defined() && !lse_used) return grads;
-    if (precomputed_) {
-      if (task_should_compute_output(kLogits)) grads[kLogits] = scale_precomputed(upstream[0]);
-    } else {
-      recompute(upstream[0], lse_used ? OptionalTensor(upstream[1]) : std::nullopt, grads);
-    }
-    if (task_should_compute_output(kSampleWeight) && upstream[0].defined()) {
-      grads[kSampleWeight] = sample_weight_gradient(upstream[0]);
+    const bool sample_weight_wanted = task_should_compute_output(kSampleWeight) && upstream[0].defined();
+    if (precomputed_ && task_should_compute_output(kLogits)) grads[kLogits] = scale_precomputed(upstream[0]);
+    if (!precomputed_ || sample_weight_wanted) {
+      const Unpacked saved = unpack();
+      if (!precomputed_) recompute(saved, upstream[0], lse_used ? OptionalTensor(upstream[1]) : std::nullopt, grads);
+      if (sample_weight_wanted) grads[kSampleWeight] = sample_weight_gradient(saved, upstream[0]);
     }
     torch::autograd::edge_list edges = next_edges();
     for (const Tensor& x : upstream) {
@@ -150,6 +149,27 @@ struct MarginSoftmaxBackward : public torch::autograd::Node {
  private:
   bool released_ = false;
 
+  struct Unpacked {
+    Tensor logits, target, stats, loss;
+    OptionalTensor weight, logit_scale, logit_bias, target_margin, pairwise_margin, mask, sample_weight;
+  };
+
+  // Once a backward pass: hooks may recompute what they unpack, and torch.utils.checkpoint forbids a second time.
+  Unpacked unpack() const {
+    return {
+        .logits = logits_.unpack(),
+        .target = target_.unpack(),
+        .stats = stats_.unpack(),
+        .loss = loss_.unpack(),
+        .weight = unpack_optional(weight_),
+        .logit_scale = unpack_optional(logit_scale_),
+        .logit_bias = unpack_optional(logit_bias_),
+        .target_margin = unpack_optional(target_margin_),
+        .pairwise_margin = unpack_optional(pairwise_margin_),
+        .mask = unpack_optional(mask_),
+        .sample_weight = unpack_optional(sample_weight_)};
+  }
+
   // In place if nobody can see the memory again: the graph is not retained and holds the only reference.
   Tensor scale_precomputed(const Tensor& upstream) {
     Tensor grad = grad_.unpack();
@@ -157,7 +177,7 @@ struct MarginSoftmaxBackward : public torch::autograd::Node {
     if (last_use && !at::GradMode::is_enabled() && !at::isTensorSubclassLike(grad) &&
         !at::isTensorSubclassLike(upstream)) {
       grad_.reset_data();
-      if (grad.use_count() == 1) {
+      if (grad.use_count() == 1 && grad.storage().use_count() == 1) {
         call_scale_(grad, upstream);
         return grad;
       }
@@ -165,7 +185,8 @@ struct MarginSoftmaxBackward : public torch::autograd::Node {
     return grad.mul(upstream);
   }
 
-  void recompute(const Tensor& upstream, const OptionalTensor& upstream_lse, variable_list& grads) {
+  void recompute(
+      const Unpacked& saved, const Tensor& upstream, const OptionalTensor& upstream_lse, variable_list& grads) {
     const bool class_wanted = task_should_compute_output(kLogitScale) || task_should_compute_output(kLogitBias) ||
                               task_should_compute_output(kTargetMargin);
     int64_t wanted = 0;
@@ -173,49 +194,42 @@ struct MarginSoftmaxBackward : public torch::autograd::Node {
     if (class_wanted) wanted |= kGradClass;
     if (task_should_compute_output(kPairwiseMargin)) wanted |= kGradPairwise;
     if (wanted == 0) return;
-    const Tensor logits = logits_.unpack();
-    const Tensor stats = stats_.unpack();
-    const Tensor grad_loss = upstream.defined() ? upstream : at::zeros_symint({}, stats.options());
+    const Tensor grad_loss = upstream.defined() ? upstream : at::zeros_symint({}, saved.stats.options());
     const auto [grad_logits, grad_class, grad_pairwise] = call_bwd(
-        grad_loss, upstream_lse, stats, logits, target_.unpack(), unpack_optional(weight_),
-        unpack_optional(logit_scale_), unpack_optional(logit_bias_), unpack_optional(target_margin_),
-        unpack_optional(pairwise_margin_), unpack_optional(mask_), unpack_optional(sample_weight_), scale_, reduction_,
-        ignore_index_, label_smoothing_, wanted);
+        grad_loss, upstream_lse, saved.stats, saved.logits, saved.target, saved.weight, saved.logit_scale,
+        saved.logit_bias, saved.target_margin, saved.pairwise_margin, saved.mask, saved.sample_weight, scale_,
+        reduction_, ignore_index_, label_smoothing_, wanted);
     if (wanted & kGradLogits) grads[kLogits] = grad_logits;
     if (task_should_compute_output(kLogitScale)) {
-      const Tensor a = logit_scale_.unpack();
       const Tensor da = grad_class.select(0, 0);
-      grads[kLogitScale] = (a.dim() == 0 ? da.sum() : da).to(a.scalar_type());
+      grads[kLogitScale] = (saved.logit_scale->dim() == 0 ? da.sum() : da).to(saved.logit_scale->scalar_type());
     }
     if (task_should_compute_output(kLogitBias)) {
-      grads[kLogitBias] = grad_class.select(0, 1).to(logit_bias_.unpack().scalar_type());
+      grads[kLogitBias] = grad_class.select(0, 1).to(saved.logit_bias->scalar_type());
     }
     if (task_should_compute_output(kTargetMargin)) {
-      grads[kTargetMargin] = grad_class.select(0, 2).to(target_margin_.unpack().scalar_type());
+      grads[kTargetMargin] = grad_class.select(0, 2).to(saved.target_margin->scalar_type());
     }
-    if (wanted & kGradPairwise) grads[kPairwiseMargin] = grad_pairwise.to(pairwise_margin_.unpack().scalar_type());
+    if (wanted & kGradPairwise) grads[kPairwiseMargin] = grad_pairwise.to(saved.pairwise_margin->scalar_type());
   }
 
   // du_i = upstream_i * r_i, or upstream * (r_i - k_i * loss) / Z under a mean with Z = sum_i u_i k_i; 0 if ignored.
-  Tensor sample_weight_gradient(const Tensor& upstream) {
-    const Tensor row_loss = stats_.unpack().select(0, 2);
-    const Tensor u = sample_weight_.unpack();
-    const Tensor target = target_.unpack();
-    const bool indices = !target.is_floating_point();
+  Tensor sample_weight_gradient(const Unpacked& saved, const Tensor& upstream) const {
+    const Tensor row_loss = saved.stats.select(0, 2);
+    const Tensor& u = *saved.sample_weight;
+    const bool indices = !saved.target.is_floating_point();
     // As int64: -100 does not fit every integer dtype.
-    const Tensor index = indices ? target.to(at::kLong) : Tensor();
+    const Tensor index = indices ? saved.target.to(at::kLong) : Tensor();
     const Tensor kept = indices ? index.ne(ignore_index_) : Tensor();
     Tensor grad = upstream * row_loss;
     if (reduction_ == kMean) {
       Tensor k = at::ones_like(row_loss);
-      if (indices) {
-        if (const auto weight = unpack_optional(weight_)) {
-          k = weight->to(k.scalar_type()).index_select(0, index.mul(kept));
-        }
-        k = k * kept;
+      if (indices && saved.weight.has_value()) {
+        k = saved.weight->to(k.scalar_type()).index_select(0, index.mul(kept));
       }
+      if (indices) k = k * kept;
       const Tensor normalizer = (u.to(k.scalar_type()) * k).sum();
-      grad = upstream * (row_loss - k * loss_.unpack()) / normalizer;
+      grad = upstream * (row_loss - k * saved.loss) / normalizer;
     }
     // Not a product with `kept`: the loss may be NaN.
     return (indices ? at::where(kept, grad, 0) : grad).to(u.scalar_type());
@@ -302,9 +316,8 @@ ThreeTensors margin_softmax_fwd_autograd(LTK_MARGIN_PARAMETERS, bool with_grad) 
     results = call_fwd(LTK_MARGIN_ARGUMENTS, with_grad);
   }
   return mark_differentiable_once(
-      "margin_softmax_fwd", std::move(results), logits, value_or_undefined(logit_scale),
-      value_or_undefined(logit_bias), value_or_undefined(target_margin), value_or_undefined(pairwise_margin),
-      value_or_undefined(sample_weight));
+      "margin_softmax_fwd", std::move(results), logits, value_or_undefined(logit_scale), value_or_undefined(logit_bias),
+      value_or_undefined(target_margin), value_or_undefined(pairwise_margin), value_or_undefined(sample_weight));
 }
 
 ThreeTensors margin_softmax_bwd_autograd(

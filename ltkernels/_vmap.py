@@ -123,8 +123,10 @@ def _(info, in_dims, grad_loss, grad_lse, stats, *args):
         x = x.unsqueeze(1) if x.dim() == 1 else x
         return x.expand(batch, rows).reshape(-1)
 
-    stats = stats.unsqueeze(0).expand(batch, *stats.shape) if upstream_dims[2] is None else stats.movedim(
-        upstream_dims[2], 0
+    stats = (
+        stats.unsqueeze(0).expand(batch, *stats.shape)
+        if upstream_dims[2] is None
+        else stats.movedim(upstream_dims[2], 0)
     )
     grad, *_ = _ops.margin_softmax_bwd(
         rows_of(grad_loss, upstream_dims[0]),

@@ -127,6 +127,7 @@ def margin_cross_entropy(
             )
         else:
             _ops.margin_softmax_check(*arguments, ignore_index, label_smoothing)
+            _check_values(*arguments[:2], *arguments[3:7], ignore_index)
             loss, lse = reference.margin_softmax(*arguments, reduction, ignore_index, label_smoothing)
     except RuntimeError:
         # The dispatcher's answer to a wrong Python type; checked after the fact, as it would cost every call.
@@ -157,6 +158,39 @@ def _check_numbers(scale, ignore_index, label_smoothing) -> None:
         raise TypeError(f"ignore_index: expected an int, got {type(ignore_index).__name__}")
     if not isinstance(label_smoothing, (float, int)):
         raise TypeError(f"label_smoothing: expected a number, got {type(label_smoothing).__name__}")
+
+
+def _check_values(
+    input: Tensor,
+    target: Tensor,
+    logit_scale: Tensor | None,
+    logit_bias: Tensor | None,
+    target_margin: Tensor | None,
+    pairwise_margin: Tensor | None,
+    ignore_index: int,
+) -> None:
+    """What the CPU kernel says about values that make no sense; elsewhere reading them would synchronise."""
+    if input.device.type != "cpu" or torch.compiler.is_compiling() or type(target) is not Tensor:
+        return
+    if not target.is_floating_point():
+        index, classes = target.long(), input.shape[1]
+        bad = ((index < 0) | (index >= classes)) & (index != ignore_index)
+        if bad.any():
+            row = int(bad.nonzero()[0])
+            raise IndexError(
+                f"target: expected class indices in [0, {classes}) or ignore_index={ignore_index}, "
+                f"got {int(index[row])} at row {row}"
+            )
+    vectors = {"logit_bias": logit_bias, "logit_scale": logit_scale, "target_margin": target_margin}
+    for name, x in (vectors | {"pairwise_margin": pairwise_margin}).items():
+        if x is None:
+            continue
+        allowed = x.isfinite()
+        if name in ("logit_bias", "pairwise_margin"):
+            allowed |= x == -torch.inf
+        if not allowed.all():
+            index = int((~allowed).flatten().nonzero()[0])
+            raise ValueError(f"{name}: expected finite values, got {x.flatten()[index].item():g} at index {index}")
 
 
 def _fold_scale(

@@ -90,7 +90,8 @@ def evaluate(function: Loss, problem: Problem) -> Results:
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     results = dict(zip(("loss", "lse"), (x.detach() for x in outputs), strict=False))
     if leaves:
-        grads = torch.autograd.grad(outputs, list(leaves.values()), [upstream_of(x) for x in outputs])
+        roots = [x for x in outputs if x.requires_grad]
+        grads = torch.autograd.grad(roots, list(leaves.values()), [upstream_of(x) for x in roots])
         results |= {f"d{name}": grad for name, grad in zip(leaves, grads, strict=True)}
     return results
 
@@ -104,6 +105,16 @@ def poisoned_memory() -> Iterator[None]:
         yield
     finally:
         torch.use_deterministic_algorithms(before)
+
+
+@contextmanager
+def kernels_run() -> Iterator[dict[str, int]]:
+    """How often each kernel ran in the block, by the last part of its name; filled when the block ends."""
+    before, ran = _ops.kernel_calls(), {}
+    yield ran
+    for name, count in _ops.kernel_calls().items():
+        if count > before.get(name, 0):
+            ran[name.rpartition(".")[2]] = count - before.get(name, 0)
 
 
 def run_kernel(problem: Problem) -> Results:
@@ -136,11 +147,10 @@ def deviations(problem: Problem, got: Results) -> list[str]:
     """What breaks the rule, in words."""
     exact = evaluate(definition, problem.double())
     eager = exact if problem.logits.dtype == torch.float64 else evaluate(definition, problem)
-    expected_dtypes = {name: problem.logits.dtype for name in got if name == "dlogits"}
     wrong = [] if got.keys() == exact.keys() else [f"results: expected {list(exact)}, got {list(got)}"]
     terms: dict[str, float] | None = None
     for name in got.keys() & exact.keys():
-        dtype = expected_dtypes.get(name, eager[name].dtype)
+        dtype = dtype_of_result(problem, name)
         if got[name].dtype != dtype or got[name].shape != exact[name].shape:
             wrong.append(f"{name}: expected {dtype} {exact[name].shape}, got {got[name].dtype} {got[name].shape}")
             continue
@@ -152,6 +162,13 @@ def deviations(problem: Problem, got: Results) -> list[str]:
         if message is not None:
             wrong.append(f"{name}: {message}")
     return wrong
+
+
+def dtype_of_result(problem: Problem, name: str) -> torch.dtype:
+    """A gradient has the dtype of its argument, loss and log-sum-exp that of the accumulation."""
+    if name in ("loss", "lse"):
+        return torch.float64 if problem.logits.dtype == torch.float64 else torch.float32
+    return problem.logits.dtype if name == "dlogits" else problem.options[name.removeprefix("d")].dtype
 
 
 def deviation(got: Tensor, exact: Tensor, eager: Tensor, largest: float = 0.0) -> str | None:
@@ -172,69 +189,87 @@ def deviation(got: Tensor, exact: Tensor, eager: Tensor, largest: float = 0.0) -
     return None if error <= limit else f"error {error:.3g} above {limit:.3g} (plain torch: {eager_error:.3g})"
 
 
-def largest_terms(problem: Problem) -> dict[str, float]:
-    """The largest sum of absolute terms of each result, with the rounding of the adjusted logits v as a term.
+# ------------------------------------------------------------------------------------------------------- absolute terms
 
-    Gradients are sums over rows of differences between probability and target: where they cancel, no summation in a
-    finite precision gives the digits of the result.
+
+def largest_terms(problem: Problem) -> dict[str, float]:
+    """The largest sum of absolute terms of each result, where the rounding of the adjusted logits v is a term too.
+
+    Gradients are differences between probability and target summed over rows: where they cancel, no summation in a
+    finite precision has all digits of the result.
     """
     problem = problem.double()
-    options, f = problem.options, problem.logits.nan_to_num(0, 0, 0)
-    rows, classes = f.shape
+    options, f = problem.options, finite(problem.logits)
+    a, m, s, u = (option(problem, name) for name in ("logit_scale", "target_margin", "scale", "sample_weight"))
+    t, y, kept = one_hot_target(problem)
+    p, mass, rounding, row = row_terms(problem)
+    total = mass.sum(1, keepdim=True)
 
-    def option(name: str, default: float, *shape: int) -> Tensor:
-        value = options.get(name)
-        return f.new_full(shape, default) if value is None else torch.as_tensor(value).double().expand(shape)
-
-    a, b, m, w = (
-        option(name, default, classes)
-        for name, default in [("logit_scale", 1), ("logit_bias", 0), ("target_margin", 0), ("weight", 1)]
-    )
-    u, s = option("sample_weight", 1, rows), option("scale", 1)
-    indices = not problem.target.is_floating_point()
-    kept = problem.target != options.get("ignore_index", -100) if indices else torch.ones(rows, dtype=torch.bool)
-    y = torch.where(kept, problem.target, 0).long() if indices else None
-    t = torch.nn.functional.one_hot(y, classes).double() if indices else problem.target
-    delta = torch.zeros_like(f) if options.get("pairwise_margin") is None else options["pairwise_margin"][y]
-    allowed = torch.ones_like(f, dtype=torch.bool) if options.get("mask") is None else options["mask"].expand_as(f)
-
-    v = (s * (a * f - m * t) + b + delta).masked_fill(~allowed, -torch.inf).masked_fill(problem.logits == -torch.inf, -torch.inf)
-    adjusted = any(options.get(name) is not None for name in ADJUSTMENTS) or s != 1
-    rounding = ((s * a * f).abs() + (s * m * t).abs() + b.abs() + delta.abs()).nan_to_num() * adjusted
-    p = v.softmax(1)
-    eps = options.get("label_smoothing", 0.0)
-    mass = w * torch.where(allowed, (1 - eps) * t + eps / allowed.sum(1, keepdim=True).clamp(min=1), 0)
-    if indices:
-        mass = torch.where(t != 0, w * (1 - eps + eps / classes) * t, mass)
-    total = mass.sum(1)
-    shift = v.amax(1, keepdim=True)
-    row = total * (v - shift).logsumexp(1) + (mass * (v - shift)).nan_to_num(0, 0, 0).abs().sum(1)
-
-    loss, lse = (torch.ones(()) if options.get("reduction", "mean") != "none" else torch.ones(rows)), torch.ones(rows)
-    upstream = upstream_of(loss.double())
-    k = (w[y] * kept if indices else torch.ones(rows)).double()
-    z = (u * k).sum() if options.get("reduction", "mean") == "mean" else torch.ones(()).double()
-    c = (upstream * u * kept / z).abs()
-    e = upstream_of(lse.double()) * kept if options.get("return_lse") else torch.zeros(rows).double()
-    spread = p * (rounding + (p * rounding).sum(1, keepdim=True))
-    g = c[:, None] * mass + (c * total + e)[:, None] * (p + spread)  # |G|, term by term
-    loss_terms = u.abs() * (row + ((total[:, None] * p + mass) * rounding).sum(1)).nan_to_num(0, 0, 0) * kept
-    whole = loss_terms if loss.dim() else loss_terms.sum() / z.abs()
-    dv = s * g.nan_to_num(0, 0, 0)
-    pairwise = None if y is None else torch.zeros(classes, classes).double().index_add_(0, y, g.nan_to_num(0, 0, 0))
-    da, dm = (dv * f).abs(), (dv * t).abs()
-    result = {
-        "loss": whole,
-        "lse": shift.nan_to_num(0, 0, 0).abs() + (p * rounding).sum(1).nan_to_num()[:, None] + 30,
-        "dlogits": dv * a.abs(),
-        "dlogit_scale": da.sum(0) if a is None or torch.as_tensor(options.get("logit_scale", 0)).dim() else da.sum(),
-        "dlogit_bias": (dv / s).sum(0),
+    mean = options.get("reduction", "mean") == "mean"
+    k = kept * (1.0 if y is None else option(problem, "weight").expand(f.shape[1])[y])
+    z = (u * k).sum() if mean else f.new_ones(())
+    upstream = upstream_of(f.new_ones(len(f) if options.get("reduction") == "none" else ()))
+    c = finite(upstream * u * kept / z).abs()[:, None]
+    e = (upstream_of(k) * kept)[:, None] if options.get("return_lse") else 0.0
+    uncertain = p * (1 + rounding + (p * rounding).sum(1, keepdim=True))
+    g = finite(c * mass + (c * total + e) * uncertain)  # |dloss/dv|, term by term
+    loss = (u.abs() * (row + ((total * p + mass) * rounding).sum(1)) * kept) / z.abs()
+    du = upstream * (loss / u + k * loss.sum() / z if mean else loss / u)
+    da, dm = s * f.abs() * g, s * t * g
+    terms = {
+        "loss": loss if options.get("reduction") == "none" else loss.sum(),
+        "lse": row + (p * rounding).sum(1) + problem.logits.abs().amax(1),
+        "dlogits": s * a.abs() * g,
+        "dlogit_scale": da.sum() if a.dim() == 0 else da.sum(0),
+        "dlogit_bias": g.sum(0),
         "dtarget_margin": dm.sum(0),
-        "dpairwise_margin": pairwise,
-        "dsample_weight": (upstream / z * (loss_terms / u + k * whole)).abs(),
+        "dpairwise_margin": g if y is None else g.new_zeros(g.shape[1], g.shape[1]).index_add_(0, y, g),
+        "dsample_weight": du,
         "dscale": ((a * da).abs() + (m * dm).abs()).sum() / s,
     }
-    return {name: x.nan_to_num(0, 0, 0).max().item() if x is not None and x.numel() else 0.0 for name, x in result.items()}
+    return {name: finite(x).abs().max().item() if x.numel() else 0.0 for name, x in terms.items()}
+
+
+def row_terms(problem: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Of each row: probabilities, target masses t', rounding of v in ulp of 1, and the absolute terms of the loss."""
+    a, b, m, s, w = (option(problem, x) for x in ("logit_scale", "logit_bias", "target_margin", "scale", "weight"))
+    f, eps, mask = problem.logits, problem.options.get("label_smoothing", 0.0), problem.options.get("mask")
+    t, y, _ = one_hot_target(problem)
+    delta = problem.options.get("pairwise_margin")
+    delta = torch.zeros_like(f) if delta is None else delta[y]
+    allowed = torch.ones_like(f, dtype=torch.bool) if mask is None else mask.expand_as(f)
+    v = (s * (a * f - m * t) + b + delta).masked_fill(~allowed, -torch.inf)
+    as_given = s == 1 and all(problem.options.get(name) is None for name in ADJUSTMENTS)
+    rounding = torch.zeros_like(f) if as_given else (s * a * f).abs() + (s * m * t).abs() + b.abs() + delta.abs()
+    spread = allowed / allowed.sum(1, keepdim=True).clamp(min=1)
+    mass = finite(w * ((1 - eps) * t + eps * spread)) * (t > 0 if y is not None and eps == 0 else allowed)
+    shift = v.amax(1, keepdim=True)
+    # The largest term of the sum of exponentials is 1, and its logarithm is rounded like one.
+    row = finite(mass.sum(1) * (1 + (v - shift).logsumexp(1))).abs() + finite(mass * (v - shift)).abs().sum(1)
+    return finite(v.softmax(1)), mass, finite(rounding), row
 
 
 ADJUSTMENTS = ("logit_scale", "logit_bias", "target_margin", "pairwise_margin")
+
+
+def option(problem: Problem, name: str) -> Tensor:
+    """A tensor that stands for the argument; 0-d where it is absent or a number, but (N,) for sample_weight."""
+    value = problem.options.get(name)
+    if value is None:
+        value = 0.0 if name in ("logit_bias", "target_margin") else 1.0
+    value = torch.as_tensor(value, dtype=torch.float64)
+    return value.expand(len(problem.logits)) if name == "sample_weight" else value
+
+
+def one_hot_target(problem: Problem) -> tuple[Tensor, Tensor | None, Tensor]:
+    """t (N, C), y (N,) or None for probabilities, and which rows are kept."""
+    target, classes = problem.target, problem.logits.shape[1]
+    if target.is_floating_point():
+        return target.double(), None, torch.ones(len(target), dtype=torch.bool)
+    kept = target.long() != problem.options.get("ignore_index", -100)
+    y = torch.where(kept, target.long(), 0)
+    return torch.nn.functional.one_hot(y, classes).double(), y, kept
+
+
+def finite(x: Tensor) -> Tensor:
+    return x.nan_to_num(0, 0, 0)

@@ -1,7 +1,7 @@
 """The reference trainer: what ``pip install ltkernels[trainer]`` adds, a user of the public functions and modules.
 
-``cli`` reads the command line, ``recipes`` holds what is trained, ``engine`` trains, ``metrics`` scores, ``report``
-writes the run folder.
+``cli`` reads the command line, ``session`` and ``tuning`` are its commands, ``recipes`` holds what is trained,
+``engine`` trains, ``metrics`` scores, ``report`` makes tables and pictures of it, ``runfolder`` keeps them.
 """
 
 

@@ -160,8 +160,14 @@ def groups_sentence(counts: Sequence[int]) -> str:
     parts = []
     for group, rule in rules.items():
         members = [str(label) for label, count in enumerate(counts) if shot_group(count) == group]
-        parts.append(f"{group} ({rule} images): {'classes ' + ', '.join(members) if members else 'none'}")
+        parts.append(f"{group} ({rule} images): {_classes(members)}")
     return "; ".join(parts)
+
+
+def _classes(members: Sequence[str]) -> str:
+    if not members:
+        return "none"
+    return f"class{'es' * (len(members) > 1)} {', '.join(members)}"
 
 
 # Files
@@ -272,7 +278,7 @@ _MARKERS = ("o", "s", "^", "D", "v", "P")
 
 def per_class_picture(results: Results) -> bytes:
     """PNG of per-class accuracy over the training images of the class: mean and standard error over seeds."""
-    figure = Figure(figsize=(9, 5.2), dpi=130, layout="constrained")
+    figure = Figure(figsize=(9, 5.2), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     for index, method in enumerate(results.methods):
@@ -289,7 +295,7 @@ def per_class_picture(results: Results) -> bytes:
     axes.set_ylabel("test accuracy of the class, %")
     axes.set_title(f"Accuracy of each class, mean ± standard error over {seeds_phrase(results)}", pad=20)
     axes.grid(axis="y", color="0.9")
-    axes.legend(loc="lower left", frameon=False)
+    axes.legend(loc="lower left", framealpha=1, edgecolor="none")
     png = io.BytesIO()
     figure.savefig(png, format="png")
     return png.getvalue()

@@ -12,9 +12,10 @@ from torch import Tensor
 # Launches by kernel: tests and diagnostics see which kernel served a call.
 kernel_calls: Counter[str] = Counter()
 
-# Rows of up to this many classes stay in registers from load to store, if they are plain (no a, b, mask, Delta or
-# distribution as target) or not. Above, a processor could hold only one block of threads, which would wait for its
-# loads and for its stores in turn: two sweeps in smaller blocks overlap them, and the second sweep hits the caches.
+# Rows of up to this many classes stay in registers from load to store; up to the second number if they are plain (no
+# a, b, mask, Delta or distribution as target) and 16-byte aligned. Longer rows would leave a processor with one block
+# of threads, which waits for its loads and its stores in turn: two sweeps in smaller blocks overlap them, and the
+# second sweep hits the caches.
 WHOLE_ROW_CLASSES, WHOLE_PLAIN_ROW_CLASSES = 4096, 8192
 # Up to this many rows, each program sums Z itself, which saves a launch; beyond, a kernel sums Z in 64 parts first.
 INLINE_NORMALIZER_ROWS = 512

@@ -36,6 +36,18 @@ __all__ = ["kernel_calls", "margin_softmax_bwd", "margin_softmax_fwd", "margin_s
 
 
 @triton.jit
+def _shift(top):
+    """What exponents are taken against: the row's maximum, or 0 if there is nothing above -inf, against inf - inf."""
+    return tl.where(top == float("-inf"), 0.0, top)
+
+
+@triton.jit
+def _log_sum(top, mass):
+    """log sum exp(v - top); NaN for a row with no class left, which has no distribution."""
+    return tl.where(top == float("-inf"), float("nan"), tl.log(mass))
+
+
+@triton.jit
 def _store_row(loss_ptr, stats_ptr, rows, present, row, n_rows, inverse_z, top, logsum, total, expected):
     y, kept, u, w_y, m_y, poison = row
     r = tl.where(kept, total * logsum - expected, 0.0)
@@ -98,11 +110,10 @@ def _forward_whole_rows(
     )
 
     top = tl.max(v, axis=1)
-    # A row with nothing above -inf is shifted by 0: its mass is 0 and its log -inf, without inf - inf on the way.
-    shift = tl.where(top == float("-inf"), 0.0, top)
-    z = v - shift[:, None]
+    z = v - _shift(top)[:, None]
     e = tl.exp(z)
     mass = tl.sum(e, axis=1)
+    logsum = _log_sum(top, mass)
     if DENSE:
         total = tl.sum(weighted, axis=1) + poison
         expected = tl.sum(tl.where(weighted != 0, weighted * z, 0.0), axis=1)
@@ -113,7 +124,7 @@ def _forward_whole_rows(
     inverse_z = inverse_normalizer(
         p, z_parts_ptr, n_parts, inline_rows, z_constant, n_classes, ignore_index, flags, ACC, Z_BLOCK
     )
-    _store_row(loss_ptr, stats_ptr, rows, present, row, n_rows, inverse_z, top, tl.log(mass), total, expected)
+    _store_row(loss_ptr, stats_ptr, rows, present, row, n_rows, inverse_z, top, logsum, total, expected)
     if GRAD:
         c = u * inverse_z
         g = e * (c * total / mass)[:, None] - c[:, None] * weighted
@@ -140,7 +151,6 @@ def _forward_two_sweeps(
         share = smoothing_share(p, rows, present, n_classes, shape[3], smoothing, flags, ADDITIVE, ACC, BLOCK)
 
     top = tl.full([ROWS], float("-inf"), ACC)
-    shift = tl.zeros([ROWS], ACC)
     mass = tl.zeros([ROWS], ACC)
     total = tl.zeros([ROWS], ACC)
     expected = tl.zeros([ROWS], ACC)  # of v - shift under t'; if not DENSE, v[y] itself
@@ -151,26 +161,25 @@ def _forward_two_sweeps(
         )
         v = tile[0]
         new_top = tl.maximum(top, tl.max(v, axis=1))
-        new_shift = tl.where(new_top == float("-inf"), 0.0, new_top)
-        z = v - new_shift[:, None]
-        mass = mass * tl.exp(top - new_shift) + tl.sum(tl.exp(z), axis=1)
+        z = v - _shift(new_top)[:, None]
+        mass = mass * tl.exp(top - _shift(new_top)) + tl.sum(tl.exp(z), axis=1)
         if DENSE:
             weighted = tile[1]
             part = tl.sum(tl.where(weighted != 0, weighted * z, 0.0), axis=1)
-            expected += total * (shift - new_shift) + part
+            expected += total * (_shift(top) - _shift(new_top)) + part
             total += tl.sum(weighted, axis=1)
         else:
             expected += tl.sum(tl.where(cols[None, :] == y[:, None], v, 0.0), axis=1)
         top = new_top
-        shift = new_shift
+    logsum = _log_sum(top, mass)
     if not DENSE:
         total = w_y
-        expected = tl.where(w_y != 0, w_y * (expected - shift), 0.0)
+        expected = tl.where(w_y != 0, w_y * (expected - _shift(top)), 0.0)
     total += poison
     inverse_z = inverse_normalizer(
         p, z_parts_ptr, n_parts, inline_rows, z_constant, n_classes, ignore_index, flags, ACC, Z_BLOCK
     )
-    _store_row(loss_ptr, stats_ptr, rows, present, row, n_rows, inverse_z, top, tl.log(mass), total, expected)
+    _store_row(loss_ptr, stats_ptr, rows, present, row, n_rows, inverse_z, top, logsum, total, expected)
 
     if GRAD:
         c = u * inverse_z
@@ -180,7 +189,7 @@ def _forward_two_sweeps(
             v, weighted, allowed, slope, f, t = row_tile(
                 p, rows, cols, present, row, share, shape, scale, smoothing, flags, AFFINE, ADDITIVE, DENSE, ACC
             )
-            g = tl.exp(v - shift[:, None]) * k[:, None] - c[:, None] * weighted
+            g = tl.exp(v - _shift(top)[:, None]) * k[:, None] - c[:, None] * weighted
             _store_gradient(grad_ptr, rows, cols, present, row, allowed, g, slope, n_classes)
 
 
@@ -211,7 +220,7 @@ def margin_softmax_fwd(
             stats, logits, target, weight, logit_scale, logit_bias, target_margin, pairwise_margin, mask,
             sample_weight, label_smoothing,
         )  # fmt: skip
-        plain = not (x.affine or x.additive or x.dense)
+        plain = not (x.affine or x.additive or x.dense) and x.vec * logits.element_size() == 16
         limit = _launch.WHOLE_PLAIN_ROW_CLASSES if plain else _launch.WHOLE_ROW_CLASSES
         rows, block, warps = _launch.row_blocks(n_classes, double, limit)
         kernel = _forward_whole_rows if block >= n_classes else _forward_two_sweeps

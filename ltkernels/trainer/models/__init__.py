@@ -1,4 +1,4 @@
-"""Networks. A new one is a module here and one name in the recipe."""
+"""Networks."""
 
 from ltkernels.trainer.models.small import SmallNetwork
 

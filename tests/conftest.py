@@ -1,0 +1,63 @@
+"""Settings and helpers of the whole suite."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+TESTS = Path(__file__).parent
+
+# The same examples at every run; `--hypothesis-profile explore` looks for new ones.
+_COMMON = dict(deadline=None, database=None, suppress_health_check=list(HealthCheck))
+settings.register_profile("repeatable", derandomize=True, **_COMMON)
+settings.register_profile("explore", max_examples=20000, **_COMMON)
+settings.load_profile("repeatable")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "variants: run again with the kernels of each instruction set")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if "large" in config.option.markexpr:
+        return
+    skip = pytest.mark.skip(reason="more than 2^22 logits: run with -m large")
+    for item in items:
+        if item.get_closest_marker("large"):
+            item.add_marker(skip)
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Small problems are faster without a second thread, above all on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def run_python() -> Callable[..., str]:
+    """Runs Python with arguments and environment variables in a process of its own; gives what it printed."""
+
+    def run(*arguments: str, timeout: float = 600, fails: bool = False, **environment: str) -> str:
+        path = os.pathsep.join([str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH", "")])
+        result = subprocess.run(
+            [sys.executable, *arguments],
+            env=os.environ | {"PYTHONPATH": path} | environment,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            cwd=TESTS.parent,
+        )
+        assert (result.returncode != 0) == fails, result.stdout[-4000:] + result.stderr[-4000:]
+        return result.stderr if fails else result.stdout
+
+    return run
