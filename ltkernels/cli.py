@@ -12,6 +12,7 @@ _USAGE = """usage: ltkernels <command> [options]
 
   doctor          which backend serves which device, and why
   train RECIPE    train with the reference trainer (pip install ltkernels[trainer]); RECIPE --help shows every field
+  tune RECIPE     repeat the search behind a recipe's settings, on validation splits
 """
 
 
@@ -40,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _trainer_modules() -> tuple[str, ...]:
-    return ("lightning_fabric", "torchmetrics", "tyro", "rich", "matplotlib", "sklearn")
+    return ("lightning_fabric", "torchmetrics", "tyro", "rich", "matplotlib", "sklearn", "scipy")
 
 
 def doctor() -> int:
