@@ -1,0 +1,87 @@
+"""Times several steps in turn, so that what the machine does meanwhile hits all of them alike."""
+
+from __future__ import annotations
+
+import gc
+import random
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+
+class Repeatable(Protocol):
+    def reset(self) -> None:
+        """Before each run, not timed on a CPU: drop what the last run returned."""
+
+    def run(self) -> Any:
+        """What is timed."""
+
+
+@dataclass(frozen=True)
+class Effort:
+    """Rounds go on until ``seconds`` are spent, but at least ``min_rounds`` and at most ``max_rounds`` of them."""
+
+    seconds: float
+    min_rounds: int = 7
+    max_rounds: int = 200
+
+
+def interleave(steps: Mapping[Any, Repeatable], effort: Effort, device: str = "cpu") -> dict[Any, list[float]]:
+    """Seconds of one run of each step, once a round.
+
+    The order is shuffled anew in each round, so that no step always finds the caches as the same neighbour left them.
+    A short step is run several times in a row and gives the mean: one call alone is close to the clock's overhead,
+    and it would be timed with the instruction cache of another variant.
+    """
+    sample = _sample_cuda if device == "cuda" else _sample_cpu
+    shortest = 5e-3 if device == "cuda" else 5e-4
+    order, repeats = list(steps), {}
+    samples: dict[Any, list[float]] = {name: [] for name in order}
+    shuffle = random.Random(0).shuffle
+    collecting = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        for name in order:
+            sample(steps[name], 1)  # warms up
+            repeats[name] = min(25, max(1, round(shortest / min(sample(steps[name], 1) for _ in range(2)))))
+        start, rounds = time.perf_counter(), 0
+        while rounds < effort.min_rounds or (
+            rounds < effort.max_rounds and time.perf_counter() - start < effort.seconds
+        ):
+            shuffle(order)
+            for name in order:
+                samples[name].append(sample(steps[name], repeats[name]))
+                steps[name].reset()
+            rounds += 1
+    finally:
+        if collecting:
+            gc.enable()
+    return samples
+
+
+def _sample_cpu(step: Repeatable, repeats: int) -> float:
+    seconds, clock = 0.0, time.perf_counter
+    for _ in range(repeats):
+        step.reset()
+        start = clock()
+        step.run()
+        seconds += clock() - start
+    return seconds / repeats
+
+
+def _sample_cuda(step: Repeatable, repeats: int) -> float:
+    """By events: the time on the device, launch gaps included. ``reset`` only hands memory back to torch's pool."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    run: Callable[[], Any] = step.run
+    torch.cuda.synchronize()
+    start.record()
+    for _ in range(repeats):
+        step.reset()
+        run()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) * 1e-3 / repeats

@@ -1,0 +1,106 @@
+"""Reads what pytest-benchmark wrote and keeps what is worth committing: no raw samples, no trace of the host."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+HOW_TO_MEASURE = "Measure first: pytest benchmarks --benchmark-only --benchmark-json=benchmarks/results/cpu-raw.json"
+
+# What all variants of a case share, and what is one variant's own.
+_SHARED = ("shape", "dtype", "upstream", "bytes", "clone_fresh_gb_per_s", "clone_huge_gb_per_s", "copy_warm_gb_per_s")
+_OWN = ("gb_per_s", "peak_memory_bytes", "loss_error", "gradient_error")
+_STATS = {"median": "median_s", "min": "min_s", "iqr": "iqr_s", "rounds": "rounds"}
+
+
+class ResultsError(Exception):
+    """A file of results is missing or is something else."""
+
+
+@dataclass
+class Results:
+    """``cases`` by (shape, dtype, upstream); each has what _SHARED names, and ``variants`` by name."""
+
+    machine: dict[str, Any]
+    cases: dict[tuple[str, str, str], dict[str, Any]] = field(default_factory=dict)
+    tests: dict[str, Any] | None = None  # of the GPU tests that ran with the benchmarks
+
+    def variant(self, shape: str, dtype: str, upstream: str, name: str) -> dict[str, Any] | None:
+        return self.cases.get((shape, dtype, upstream), {}).get("variants", {}).get(name)
+
+    def ratio(self, shape: str, dtype: str, upstream: str, slow: str, fast: str) -> float | None:
+        """How many times faster ``fast`` is, by medians."""
+        a, b = (self.variant(shape, dtype, upstream, name) for name in (slow, fast))
+        return a["median_s"] / b["median_s"] if a and b else None
+
+    def shapes(self) -> list[str]:
+        return list(dict.fromkeys(shape for shape, _, _ in self.cases))
+
+    def save(self, path: Path) -> None:
+        """One case a line: small, and a diff of two runs can be read."""
+        head = {"machine": self.machine} | ({"tests": self.tests} if self.tests else {})
+        lines = ",\n".join(json.dumps(case) for case in self.cases.values())
+        path.write_text(json.dumps(head)[:-1] + ', "cases": [\n' + lines + "\n]}\n")
+
+
+def load(paths: Iterable[Path]) -> Results:
+    """The results of one or several runs on one machine, raw or trimmed; of a case measured twice, the last."""
+    results: Results | None = None
+    for path in paths:
+        one = _load_one(path)
+        if results is None:
+            results = one
+        elif _hardware(results.machine) != _hardware(one.machine):
+            raise ResultsError(f"{path}: measured elsewhere or with another torch than the files before it")
+        else:
+            results.cases |= one.cases
+    if results is None:
+        raise ResultsError(f"no file of results given. {HOW_TO_MEASURE}")
+    return results
+
+
+def _load_one(path: Path) -> Results:
+    if not path.exists():
+        raise ResultsError(f"{path}: no such file. {HOW_TO_MEASURE}")
+    try:
+        content = json.loads(path.read_text())
+    except ValueError as error:
+        raise ResultsError(f"{path}: not JSON ({error}); was the run stopped? {HOW_TO_MEASURE}") from None
+    if not isinstance(content, dict) or not ("benchmarks" in content or "cases" in content):
+        raise ResultsError(f"{path}: holds neither pytest-benchmark's results nor ours. {HOW_TO_MEASURE}")
+    results = _trim(content) if "benchmarks" in content else _trimmed(content)
+    if not results.cases:
+        raise ResultsError(f"{path}: holds no benchmark of this suite. {HOW_TO_MEASURE}")
+    return results
+
+
+def _trimmed(content: dict) -> Results:
+    cases = {(case["shape"], case["dtype"], case["upstream"]): case for case in content["cases"]}
+    return Results(content["machine"], cases, content.get("tests"))
+
+
+def _trim(raw: dict) -> Results:
+    results = Results(raw["machine_info"])
+    for benchmark in raw["benchmarks"]:
+        info, stats = benchmark["extra_info"], benchmark["stats"]
+        if "variant" not in info:
+            continue
+        case = results.cases.setdefault(
+            (info["shape"], info["dtype"], info["upstream"]),
+            {name: _rounded(info[name]) for name in _SHARED if name in info} | {"variants": {}},
+        )
+        case["variants"][info["variant"]] = {new: _rounded(stats[old]) for old, new in _STATS.items()} | {
+            name: _rounded(info[name]) for name in _OWN if info.get(name) is not None
+        }
+    return results
+
+
+def _rounded(value: Any) -> Any:
+    return float(f"{value:.4g}") if isinstance(value, float) else value
+
+
+def _hardware(machine: dict) -> dict:
+    return {name: value for name, value in machine.items() if name != "date"}

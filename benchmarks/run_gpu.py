@@ -1,0 +1,155 @@
+"""GPU tests and benchmarks in one command of under 9 minutes: ``python -m benchmarks.run_gpu`` (``make gpu``).
+
+Needs a machine with an NVIDIA GPU, a compiler, and a Python with torch, triton, pytest, pytest-benchmark and hypothesis;
+works offline. The extension is built in place if it is missing, stale, or built for another torch. The report is
+written to benchmarks/results/gpu-NAME.json, .md and .png even if a test fails; the exit status is then 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+import time
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+SECONDS = 520.0
+BUILD_SECONDS, TEST_SECONDS, BENCHMARK_SECONDS = 150.0, 160.0, 200.0
+REPORT_SECONDS = 20.0
+# What one group of benchmarks may take once it has begun: compilation, checks and its rounds.
+GROUP_SECONDS = 50.0
+
+
+class Failed(Exception):
+    """The run cannot go on; the message says why."""
+
+
+def check_machine() -> str:
+    """The GPU's name."""
+    missing = [
+        name for name in ("torch", "pytest", "pytest_benchmark", "hypothesis") if not importlib.util.find_spec(name)
+    ]
+    if missing:
+        raise Failed(f"{sys.executable} has no {', '.join(missing)}. Choose another with `make gpu PYTHON=...`.")
+    import torch
+
+    if not torch.cuda.is_available():
+        built_for = torch.version.cuda or "no GPU"
+        raise Failed(
+            f"torch {torch.__version__} (built for {built_for}) sees no NVIDIA GPU here. "
+            "On a CPU: `make test` and `make benchmark`."
+        )
+    if torch.version.hip:
+        raise Failed("the Triton kernels are written for and tested on NVIDIA GPUs; this torch is built for ROCm.")
+    if not importlib.util.find_spec("triton"):
+        raise Failed(f"{sys.executable} has no triton, which the kernels for NVIDIA GPUs are written in.")
+    name = torch.cuda.get_device_name()
+    print(f"{name}; torch {torch.__version__}, Python {sys.version.split()[0]}", flush=True)
+    return name
+
+
+def build(seconds: float) -> None:
+    """Builds the extension in place unless it is there, newer than its sources, and of this torch."""
+    library = ROOT / "ltkernels" / "_C.so"
+    sources = [ROOT / "setup.py", *(ROOT / "csrc").rglob("*.cpp"), *(ROOT / "csrc").rglob("*.h")]
+    if library.exists() and library.stat().st_mtime > max(path.stat().st_mtime for path in sources):
+        if run("Import", ["-c", "import ltkernels.functional"], 60, quiet=True) == 0:
+            return
+    if run("Build", ["setup.py", "build_ext", "--inplace"], seconds) != 0:
+        raise Failed("the extension could not be built.")
+
+
+def run(what: str, arguments: list[str], seconds: float, quiet: bool = False) -> int:
+    """Exit status of a Python process in the root of the repository; 124 if it ran out of time."""
+    start = time.monotonic()
+    stream = subprocess.DEVNULL if quiet else None
+    process = subprocess.Popen(
+        [sys.executable, *arguments],
+        cwd=ROOT,
+        env=os.environ
+        | {
+            "PYTHONUNBUFFERED": "1",
+            "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))),
+        },
+        stdout=stream,
+        stderr=stream,
+        start_new_session=True,  # so that its compiler processes end with it
+    )
+    try:
+        status = process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, 9)
+        process.wait()
+        status = 124
+    if not quiet:
+        outcome = {0: "done", 124: f"stopped at its limit of {seconds:.0f} s"}.get(status, f"failed ({status})")
+        print(f"== {what}: {outcome} after {time.monotonic() - start:.0f} s", flush=True)
+    return status
+
+
+def count_tests(junit: Path) -> dict[str, int] | None:
+    """passed, failed, skipped; None if the tests were stopped before they could say."""
+    if not junit.exists():
+        return None
+    suites = list(ElementTree.parse(junit).getroot().iter("testsuite"))
+    total, skipped = (sum(int(suite.get(name, 0)) for suite in suites) for name in ("tests", "skipped"))
+    failed = sum(int(suite.get(name, 0)) for suite in suites for name in ("failures", "errors"))
+    return {"passed": total - failed - skipped, "failed": failed, "skipped": skipped}
+
+
+def report(raw: Path, name: str, tests: dict[str, int] | None) -> None:
+    from benchmarks.report import write
+    from benchmarks.results import ResultsError, load
+
+    try:
+        results = load([raw])
+    except ResultsError as error:
+        raise Failed(f"no report: {error}") from None
+    results.tests = tests
+    for path in write(results, name, RESULTS):
+        print(path.relative_to(ROOT))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.run_gpu", description=__doc__.split("\n")[0])
+    parser.add_argument("--seconds", type=float, default=SECONDS, help=f"for all of it; default: {SECONDS:.0f}")
+    options = parser.parse_args(arguments)
+    deadline = time.monotonic() + options.seconds
+
+    def left(at_most: float, reserved: float) -> float:
+        return max(1.0, min(at_most, deadline - time.monotonic() - reserved))
+
+    try:
+        name = "gpu-" + re.sub(r"[^a-z0-9]+", "-", check_machine().lower()).strip("-")
+        RESULTS.mkdir(parents=True, exist_ok=True)
+        raw, junit = RESULTS / f"{name}-raw.json", ROOT / "build" / "gpu-tests.xml"
+        for stale in (raw, junit):
+            stale.unlink(missing_ok=True)
+        build(left(BUILD_SECONDS, 0))
+        # A share of the time is kept for the benchmarks, even if the tests hang.
+        pytest = ["-m", "pytest", "-q", "-p", "no:cacheprovider"]
+        tested = run(
+            "Tests", [*pytest, "-m", "gpu", f"--junitxml={junit}", "tests"], left(TEST_SECONDS, 100 + REPORT_SECONDS)
+        )
+        limit = left(BENCHMARK_SECONDS + GROUP_SECONDS, REPORT_SECONDS)
+        measured = run(
+            "Benchmarks",
+            [*pytest, "benchmarks", "--benchmark-only", "--device=cuda", "--seconds=1.5", "--benchmark-quiet",
+             f"--time-limit={max(1.0, limit - GROUP_SECONDS):.0f}", f"--benchmark-json={raw}"],
+            limit,
+        )  # fmt: skip
+        report(raw, name, count_tests(junit))
+    except Failed as failure:
+        print(f"benchmarks.run_gpu: {failure}", file=sys.stderr)
+        return 2
+    return int(tested != 0 or measured != 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
