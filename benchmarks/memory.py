@@ -38,7 +38,7 @@ def peak_on_cuda(step: Step) -> int:
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     step.run()
-    peak = torch.cuda.max_memory_allocated() - before - step.leaf.grad.nbytes
+    peak = torch.cuda.max_memory_allocated() - before - step.gradient_bytes
     step.reset()
     return max(0, peak)
 
@@ -79,7 +79,7 @@ def _peak(case: Case, variant: Variant, malloc_trim: Callable[[int], None]) -> i
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM := VmRSS
     before = _status("VmRSS")
     step.run()
-    return max(0, _status("VmHWM") - before - step.leaf.grad.nbytes)
+    return max(0, _status("VmHWM") - before - step.gradient_bytes)
 
 
 def _status(field: str) -> int:

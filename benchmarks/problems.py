@@ -10,7 +10,7 @@ from torch import Tensor
 from ltkernels import margins, reference
 
 SHAPES = ("128x10", "128x100", "512x1000", "4096x1000", "8192x1000", "2048x8142", "2048x8192", "4096x8142")
-GPU_SHAPES = ("8192x8192", "8192x32000")  # 128x100 is all launch overhead on a GPU; these are all memory traffic
+GPU_SHAPES = ("8192x32000", "8192x8192")  # 128x100 is all launch overhead on a GPU; these are all memory traffic
 QUICK_SHAPES = ("128x10",)
 DTYPES = ("float32", "bfloat16")
 # Upstream gradient 1, as in `loss.backward()`; a scaled loss, as in gradient accumulation; one value for each row.
@@ -18,6 +18,7 @@ UPSTREAMS = ("upstream1", "half", "none")
 
 LDAM_SCALE = 30.0
 IMBALANCE = 100.0
+FEATURES = 256  # of the linear classifier in front of the loss, for peers that fuse it
 CHUNK = 1 << 16  # float64 elements that are compared at a time: the temporaries stay in the cache
 
 
@@ -51,33 +52,41 @@ class Case:
 
 
 class Problem:
-    """Logits, cosines (LDAM takes those), targets drawn from a long-tailed distribution, and its margins.
+    """Logits, cosines (LDAM takes those) or features, targets drawn from a long-tailed distribution, and its margins.
 
     ``blank`` leaves the values out: the memory that a variant takes does not depend on them.
     """
 
     def __init__(self, case: Case, device: str = "cpu", blank: bool = False) -> None:
         rows, classes, dtype = case.rows, case.classes, getattr(torch, case.dtype)
-        generator = torch.Generator().manual_seed(0)
+        generator, on_device = torch.Generator().manual_seed(0), torch.Generator(device).manual_seed(0)
         exponent = torch.arange(classes, dtype=torch.float64) / (classes - 1)
         counts = 500.0 * IMBALANCE**-exponent
         if blank:
             logits = cosines = torch.zeros(rows, classes, dtype=dtype, device=device)
         else:
-            logits = torch.randn(rows, classes, generator=generator).to(device, dtype)
+            logits = torch.randn(rows, classes, generator=on_device, device=device).to(dtype)
             cosines = (logits / 3).clamp(-1, 1)
-        self.logits = logits.requires_grad_()
-        self.cosines = cosines.requires_grad_()
+        features = torch.randn(rows, FEATURES, generator=on_device, device=device).to(dtype)
+        classifier = torch.randn(classes, FEATURES, generator=on_device, device=device) / FEATURES**0.5
+        self.classifier = classifier.to(dtype).requires_grad_()
+        self._leaves = {
+            "bias": logits.requires_grad_(),
+            "ldam": cosines.detach().requires_grad_(),
+            "linear": features.requires_grad_(),
+        }
         self.target = torch.multinomial(counts, rows, replacement=True, generator=generator).to(device)
         self.bias = margins.logit_adjustment(counts).logit_bias.to(device)
         self.margin = margins.ldam(counts).target_margin.to(device)
         self.row_upstream = ((torch.arange(rows) % 7 + 1) * 0.375).to(device)  # exact in bfloat16
 
-    def leaf(self, method: str) -> Tensor:
-        return self.logits if method == "bias" else self.cosines
+    @property
+    def logits(self) -> Tensor:
+        return self._leaves["bias"]
 
-    def adjustment(self, method: str) -> Tensor:
-        return self.bias if method == "bias" else self.margin
+    def leaf(self, method: str) -> Tensor:
+        """What the loss is computed from, and differentiated with respect to."""
+        return self._leaves[method]
 
 
 # ----------------------------------------------------------------------------------------------------------- exactness
@@ -88,20 +97,22 @@ class Exact:
     """Loss of each row and its gradient by the definition in float64."""
 
     row_loss: Tensor  # (N,)
-    row_gradient: Tensor  # (N, C)
+    row_gradient: Tensor  # (N, C), or (N, features)
 
 
 def exact_answer(problem: Problem, method: str) -> Exact:
     """The definition of the library, in float64, a few rows at a time."""
     x, target = problem.leaf(method).detach(), problem.target
+    classifier = problem.classifier.detach().double() if method == "linear" else None
     losses, gradient = [], torch.empty_like(x, dtype=torch.float64)
-    bias = problem.bias.double() if method == "bias" else None
+    bias = problem.bias.double() if method != "ldam" else None
     margin = problem.margin.double() if method == "ldam" else None
-    scale = 1.0 if method == "bias" else LDAM_SCALE
-    for rows in _row_blocks(x):
+    scale = LDAM_SCALE if method == "ldam" else 1.0
+    for rows in _row_blocks(problem.logits):
         block = x[rows].double().requires_grad_()
+        logits = block if classifier is None else block @ classifier.T
         loss, _ = reference.margin_softmax(
-            block, target[rows], None, None, bias, margin, None, None, None, scale, "none", -100, 0.0
+            logits, target[rows], None, None, bias, margin, None, None, None, scale, "none", -100, 0.0
         )
         (gradient[rows],) = torch.autograd.grad(loss.sum(), block)
         losses.append(loss.detach())
@@ -126,5 +137,5 @@ def errors(case: Case, problem: Problem, exact: Exact, loss: Tensor, gradient: T
 
 def _row_blocks(x: Tensor) -> list[slice]:
     # On a GPU a block has to fill the device; on a CPU it has to fit the cache.
-    rows = max(1, CHUNK * (1 if x.device.type == "cpu" else 512) // x.shape[1])
+    rows = max(1, CHUNK * (1 if x.device.type == "cpu" else 64) // x.shape[1])
     return [slice(i, i + rows) for i in range(0, x.shape[0], rows)]

@@ -28,6 +28,10 @@ LABELS = {
     "liger": "Liger-Kernel",
     "ldam-ours": "LDAM, ltkernels",
     "ldam-authors": "LDAM, authors' formula",
+    "linear-ours": "linear, then ltkernels",
+    "linear-eager": "linear, then eager torch",
+    "linear-liger": "linear, Liger-Kernel fused",
+    "linear-cce": "linear, cut-cross-entropy",
 }
 UPSTREAMS = {
     "upstream1": "upstream gradient 1",
@@ -53,7 +57,8 @@ def markdown(results: Results) -> str:
 def _introduction(results: Results) -> str:
     m = results.machine
     where = m["name"] if m["device"] == "cuda" else f"{m['name']}, {m['cores']} cores ({m['cpu_capability']})"
-    optional = {"Triton": m.get("triton"), "Liger-Kernel": m.get("liger_kernel")}
+    packages = {"Triton": "triton", "Liger-Kernel": "liger_kernel", "cut-cross-entropy": "cut_cross_entropy"}
+    optional = {name: m.get(key) for name, key in packages.items()}
     versions = [f"torch {m['torch']}", *(f"{name} {v}" for name, v in optional.items() if v), f"Python {m['python']}"]
     pages = f" Transparent huge pages: {m['huge_pages']}." if m.get("huge_pages") and m["device"] == "cpu" else ""
     smoke = "\n\n**A smoke run: the numbers mean nothing.**" if m.get("quick") else ""

@@ -1,8 +1,8 @@
 """GPU tests and benchmarks in one command of under 9 minutes: ``python -m benchmarks.run_gpu`` (``make gpu``).
 
-Needs a machine with an NVIDIA GPU, a compiler, and a Python with torch, triton, pytest, pytest-benchmark and hypothesis;
-works offline. The extension is built in place if it is missing, stale, or built for another torch. The report is
-written to benchmarks/results/gpu-NAME.json, .md and .png even if a test fails; the exit status is then 1.
+Needs a machine with an NVIDIA GPU, a C++ compiler, and a Python with torch, triton, pytest, pytest-benchmark and
+hypothesis; works offline. The extension is built in place if it is missing, stale, or built for another torch. The
+report is written to benchmarks/results/gpu-NAME.json, .md and .png even if a test fails; the exit status is then 1.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import argparse
 import importlib.util
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -19,6 +20,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+NEEDED = ("torch", "pytest", "pytest_benchmark", "hypothesis")
 SECONDS = 520.0
 BUILD_SECONDS, TEST_SECONDS, BENCHMARK_SECONDS = 150.0, 160.0, 200.0
 REPORT_SECONDS = 20.0
@@ -32,9 +34,7 @@ class Failed(Exception):
 
 def check_machine() -> str:
     """The GPU's name."""
-    missing = [
-        name for name in ("torch", "pytest", "pytest_benchmark", "hypothesis") if not importlib.util.find_spec(name)
-    ]
+    missing = [name for name in NEEDED if not importlib.util.find_spec(name)]
     if missing:
         raise Failed(f"{sys.executable} has no {', '.join(missing)}. Choose another with `make gpu PYTHON=...`.")
     import torch
@@ -68,15 +68,12 @@ def build(seconds: float) -> None:
 def run(what: str, arguments: list[str], seconds: float, quiet: bool = False) -> int:
     """Exit status of a Python process in the root of the repository; 124 if it ran out of time."""
     start = time.monotonic()
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     stream = subprocess.DEVNULL if quiet else None
     process = subprocess.Popen(
         [sys.executable, *arguments],
         cwd=ROOT,
-        env=os.environ
-        | {
-            "PYTHONUNBUFFERED": "1",
-            "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))),
-        },
+        env=os.environ | {"PYTHONUNBUFFERED": "1", "PYTHONPATH": path},
         stdout=stream,
         stderr=stream,
         start_new_session=True,  # so that its compiler processes end with it
@@ -84,9 +81,11 @@ def run(what: str, arguments: list[str], seconds: float, quiet: bool = False) ->
     try:
         status = process.wait(seconds)
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, 9)
-        process.wait()
         status = 124
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
     if not quiet:
         outcome = {0: "done", 124: f"stopped at its limit of {seconds:.0f} s"}.get(status, f"failed ({status})")
         print(f"== {what}: {outcome} after {time.monotonic() - start:.0f} s", flush=True)

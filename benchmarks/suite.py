@@ -18,9 +18,12 @@ from benchmarks.interleave import Effort, interleave
 from benchmarks.peers import VARIANTS, Step, Variant, compiled
 from benchmarks.problems import DTYPES, Case, Exact, Problem, errors, exact_answer
 
+# Both dtypes: logits, cosines, exact gradients in float64 of both methods, and what plain torch takes for a pass.
+BYTES_PER_LOGIT = 72
 
-class TimeIsUp(Exception):
-    """The time limit of the run has passed; what has been measured stays."""
+
+class LeftOut(Exception):
+    """A group that is not measured, and why; what has been measured stays."""
 
 
 @dataclass
@@ -43,7 +46,8 @@ class Measured:
             "variant": variant.name,
             "device": device,
             "bytes": case.bytes,
-            "gb_per_s": gigabytes / statistics.median(self.samples),
+            # Not for a linear classifier, which does not start from logits.
+            "gb_per_s": None if variant.method == "linear" else gigabytes / statistics.median(self.samples),
             **{f"{name}_gb_per_s": rate * 1e-9 for name, rate in self.roofline.items()},
             "peak_memory_bytes": self.peak_memory,
             "loss_error": self.loss_error,
@@ -77,9 +81,10 @@ class Suite:
         group = (case.shape, case.upstream)
         if group != self._group:
             if time.monotonic() > self._deadline:
-                raise TimeIsUp
-            self._group, self._measured = group, {}
+                raise LeftOut("the time limit has passed")
+            self._group, self._measured = None, {}
             self._measure([(c, n) for c, n in self._selected if (c.shape, c.upstream) == group])
+            self._group = group
         return self._measured[case, name]
 
     # One group
@@ -116,7 +121,7 @@ class Suite:
         step.reset()
         loss = step.run().detach()
         gradient = step.leaf.grad
-        assert gradient.dtype == problem.logits.dtype and gradient.shape == problem.logits.shape
+        assert gradient.dtype == step.leaf.dtype and gradient.shape == step.leaf.shape
         result.loss_error, result.gradient_error = errors(
             case, problem, self._exact_answer(case, variant.method), loss, gradient
         )
@@ -133,13 +138,18 @@ class Suite:
     def _use_shape(self, case: Case) -> None:
         if case.shape == self._shape:
             return
-        self._shape = case.shape
+        self._shape = None
         for shared in (self._problems, self._exact, self._compiled):
             shared.clear()
         torch._dynamo.reset()
+        if self.device == "cuda":
+            needed = case.rows * case.classes * BYTES_PER_LOGIT
+            if torch.cuda.mem_get_info()[0] < needed:
+                raise LeftOut(f"needs {needed / 1e9:.0f} GB of GPU memory")
         for dtype in DTYPES:
             if any(c.shape == case.shape and c.dtype == dtype for c, _ in self._selected):
                 self._problems[dtype] = Problem(Case(case.shape, dtype, case.upstream), self.device)
+        self._shape = case.shape
 
     def _exact_answer(self, case: Case, method: str) -> Exact:
         key = (case.dtype, method)

@@ -27,6 +27,7 @@ from ltkernels.triton.margin_softmax_backward import margin_softmax_bwd
 from ltkernels.triton.margin_softmax_rows import (
     inverse_normalizer,
     launch_normalizer,
+    nan_if_out_of_range,
     row_operands,
     row_tile,
     smoothing_share,
@@ -49,7 +50,7 @@ def _log_sum(top, mass):
 
 @triton.jit
 def _store_row(loss_ptr, stats_ptr, rows, present, row, n_rows, inverse_z, top, logsum, total, expected):
-    y, kept, u, w_y, m_y, poison = row
+    y, kept, u, w_y, m_y = row
     r = tl.where(kept, total * logsum - expected, 0.0)
     tl.store(stats_ptr + rows, tl.where(kept, top, 0.0), mask=present)
     tl.store(stats_ptr + n_rows + rows, tl.where(kept, logsum, 0.0), mask=present)
@@ -101,8 +102,8 @@ def _forward_whole_rows(
     cols = tl.arange(0, BLOCK)
     present = rows < n_rows
     row = row_operands(p, rows, present, n_rows, n_classes, ignore_index, flags, ACC)
-    y, kept, u, w_y, m_y, poison = row
-    share = poison
+    y, kept, u, w_y, m_y = row
+    share = u
     if DENSE:
         share = smoothing_share(p, rows, present, n_classes, shape[3], smoothing, flags, ADDITIVE, ACC, BLOCK)
     v, weighted, allowed, slope, f, t = row_tile(
@@ -115,12 +116,13 @@ def _forward_whole_rows(
     mass = tl.sum(e, axis=1)
     logsum = _log_sum(top, mass)
     if DENSE:
-        total = tl.sum(weighted, axis=1) + poison
+        total = tl.sum(weighted, axis=1)
         expected = tl.sum(tl.where(weighted != 0, weighted * z, 0.0), axis=1)
     else:
-        total = w_y + poison
+        total = w_y
         expected = tl.sum(tl.where(cols[None, :] == y[:, None], z, 0.0), axis=1)
         expected = tl.where(w_y != 0, w_y * expected, 0.0)
+    total = nan_if_out_of_range(p, row, total)
     inverse_z = inverse_normalizer(
         p, z_parts_ptr, n_parts, inline_rows, z_constant, n_classes, ignore_index, flags, ACC, Z_BLOCK
     )
@@ -145,8 +147,8 @@ def _forward_two_sweeps(
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     present = rows < n_rows
     row = row_operands(p, rows, present, n_rows, n_classes, ignore_index, flags, ACC)
-    y, kept, u, w_y, m_y, poison = row
-    share = poison
+    y, kept, u, w_y, m_y = row
+    share = u
     if DENSE:
         share = smoothing_share(p, rows, present, n_classes, shape[3], smoothing, flags, ADDITIVE, ACC, BLOCK)
 
@@ -168,14 +170,14 @@ def _forward_two_sweeps(
             part = tl.sum(tl.where(weighted != 0, weighted * z, 0.0), axis=1)
             expected += total * (_shift(top) - _shift(new_top)) + part
             total += tl.sum(weighted, axis=1)
-        else:
+        elif tl.max(((y >= start) & (y < start + BLOCK)).to(tl.int32), axis=0) != 0:
             expected += tl.sum(tl.where(cols[None, :] == y[:, None], v, 0.0), axis=1)
         top = new_top
     logsum = _log_sum(top, mass)
     if not DENSE:
         total = w_y
         expected = tl.where(w_y != 0, w_y * (expected - _shift(top)), 0.0)
-    total += poison
+    total = nan_if_out_of_range(p, row, total)
     inverse_z = inverse_normalizer(
         p, z_parts_ptr, n_parts, inline_rows, z_constant, n_classes, ignore_index, flags, ACC, Z_BLOCK
     )

@@ -21,6 +21,7 @@ from ltkernels.triton._launch import ceil_div, kernel_calls
 from ltkernels.triton.margin_softmax_rows import (
     inverse_normalizer,
     launch_normalizer,
+    nan_if_out_of_range,
     row_operands,
     row_tile,
     smoothing_share,
@@ -60,9 +61,9 @@ def _row_coefficients(
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     present = rows < n_rows
     row = row_operands(p, rows, present, n_rows, n_classes, ignore_index, flags, ACC)
-    y, kept, u, w_y, m_y, poison = row
+    y, kept, u, w_y, m_y = row
     total = w_y
-    share = poison
+    share = u
     if DENSE:
         share = smoothing_share(p, rows, present, n_classes, shape[3], smoothing, flags, ADDITIVE, ACC, BLOCK)
         lanes = tl.zeros([ROWS, BLOCK], ACC)
@@ -79,7 +80,7 @@ def _row_coefficients(
     )
     c = tl.load(grad_loss_ptr + rows * loss_stride, mask=present, other=0.0).to(ACC) * u * inverse_z
     e = tl.load(grad_lse_ptr + rows * lse_stride, mask=rows < n_rows * has_lse, other=0.0).to(ACC)
-    tl.store(coefficients_ptr + rows, tl.where(kept, c * (total + poison) + e, 0.0), mask=present)
+    tl.store(coefficients_ptr + rows, tl.where(kept, c * nan_if_out_of_range(p, row, total) + e, 0.0), mask=present)
     tl.store(coefficients_ptr + n_rows + rows, tl.where(kept, c, 0.0), mask=present)
     tl.store(coefficients_ptr + n_rows + (n_rows + rows), share, mask=present)
 

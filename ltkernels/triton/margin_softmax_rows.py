@@ -29,7 +29,7 @@ def row_operands(
     SAMPLE_WEIGHT: tl.constexpr = _launch.SAMPLE_WEIGHT,
     MARGIN: tl.constexpr = _launch.MARGIN,
 ):
-    """(ROWS,) each: class y (-1: none, ignored or out of range), kept, u, w[y], m[y], and NaN if y is out of range."""
+    """(ROWS,) each: class y (-1 if it has none, is ignored or out of range), kept, u, w[y] and m[y]."""
     u = tl.load(p.sample_weight + rows, mask=present & (rows < _length(n_rows, flags, SAMPLE_WEIGHT)), other=1.0)
     u = u.to(ACC)
     zero = tl.zeros_like(u)
@@ -38,7 +38,6 @@ def row_operands(
         kept = present
         w_y = zero + 1
         m_y = zero
-        poison = zero
     else:
         label = tl.load(p.target + rows, mask=present, other=0).to(tl.int64)
         kept = present & (label != ignore_index)
@@ -49,8 +48,15 @@ def row_operands(
         has_margin = valid & (label < _length(n_classes, flags, MARGIN))
         w_y = tl.load(p.weight + label, mask=has_weight, other=1.0).to(ACC)
         m_y = tl.load(p.target_margin + label, mask=has_margin, other=0.0).to(ACC)
-        poison = tl.where(kept & (y < 0), float("nan"), zero)
-    return y, kept, u, w_y, m_y, poison
+    return y, kept, u, w_y, m_y
+
+
+@triton.jit
+def nan_if_out_of_range(p, row, x):
+    """x, or NaN where a row that is kept has a class index out of range."""
+    if not p.target.dtype.element_ty.is_floating():
+        x = tl.where(row[1] & (row[0] < 0), float("nan"), x)
+    return x
 
 
 @triton.jit
@@ -177,7 +183,7 @@ def row_tile(
 ):
     """(ROWS, BLOCK) each: v (-inf where not allowed), t' for u = 1, allowed, s * a, f and t."""
     n_classes, logits_stride, target_stride, mask_stride = shape
-    y, kept, u, w_y, m_y, poison = row
+    y, kept, u, w_y, m_y = row
     # Loads per class are full tiles as well: they then get the thread layout of the logits, without an exchange.
     cols = tl.broadcast_to(cols[None, :], [rows.shape[0], cols.shape[0]])
     inside = present[:, None] & (cols < n_classes)
