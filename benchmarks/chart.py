@@ -37,8 +37,12 @@ def _speedups(axes: Axes, results: Results) -> None:
         label, color = BARS[name]
         ratios = [results.ratio(shape, *_CASE, name, "ours") or 0.0 for shape in shapes]
         left = [i + (k - 0.5) * width for i in range(len(shapes))]
-        bars = axes.bar(left, ratios, width, color=color, label=f"over {label}")
-        axes.bar_label(bars, [f"{r:.1f}" if r else "" for r in ratios], padding=2, fontsize=8)
+        axes.bar(left, ratios, width, color=color, label=f"over {label}")
+        # At the foot of the bars, where no target crosses them.
+        for x, ratio in zip(left, ratios, strict=True):
+            if ratio:
+                where = dict(xytext=(0, 3), textcoords="offset points", ha="center", fontsize=8)
+                axes.annotate(f"{ratio:.1f}", (x, 0), **where)
         for x, shape in zip(left, shapes, strict=True):
             if with_targets and shape in targets.SPEEDUPS:
                 first = k == 0 and shape == next(iter(targets.SPEEDUPS))

@@ -47,7 +47,9 @@ def interleave(steps: Mapping[Any, Repeatable], effort: Effort, device: str = "c
     try:
         for name in order:
             sample(steps[name], 1)  # warms up
-            repeats[name] = min(25, max(1, round(shortest / min(sample(steps[name], 1) for _ in range(2)))))
+            repeats[name] = min(25, max(1, round(shortest / sample(steps[name], 1))))
+            if repeats[name] > 1:
+                sample(steps[name], repeats[name])
         start, rounds = time.perf_counter(), 0
         while rounds < effort.min_rounds or (
             rounds < effort.max_rounds and time.perf_counter() - start < effort.seconds

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -108,14 +110,15 @@ def exact_answer(problem: Problem, method: str) -> Exact:
     bias = problem.bias.double() if method != "ldam" else None
     margin = problem.margin.double() if method == "ldam" else None
     scale = LDAM_SCALE if method == "ldam" else 1.0
-    for rows in _row_blocks(problem.logits):
-        block = x[rows].double().requires_grad_()
-        logits = block if classifier is None else block @ classifier.T
-        loss, _ = reference.margin_softmax(
-            logits, target[rows], None, None, bias, margin, None, None, None, scale, "none", -100, 0.0
-        )
-        (gradient[rows],) = torch.autograd.grad(loss.sum(), block)
-        losses.append(loss.detach())
+    with _one_thread():
+        for rows in _row_blocks(problem.logits):
+            block = x[rows].double().requires_grad_()
+            logits = block if classifier is None else block @ classifier.T
+            loss, _ = reference.margin_softmax(
+                logits, target[rows], None, None, bias, margin, None, None, None, scale, "none", -100, 0.0
+            )
+            (gradient[rows],) = torch.autograd.grad(loss.sum(), block)
+            losses.append(loss.detach())
     return Exact(torch.cat(losses), gradient)
 
 
@@ -128,11 +131,23 @@ def errors(case: Case, problem: Problem, exact: Exact, loss: Tensor, gradient: T
     wanted = exact.row_loss if case.reduction == "none" else exact.row_loss.mean()
     loss_error = (loss.double() - wanted).abs().max() / wanted.abs().max()
     worst, largest = torch.zeros(2, dtype=torch.float64, device=gradient.device)
-    for rows in _row_blocks(gradient):
-        answer = exact.row_gradient[rows] * upstream[rows, None]
-        worst = torch.maximum(worst, (gradient[rows].double() - answer).abs().max())  # NaN stays NaN
-        largest = torch.maximum(largest, answer.abs().max())
+    with _one_thread():
+        for rows in _row_blocks(gradient):
+            answer = exact.row_gradient[rows] * upstream[rows, None]
+            worst = torch.maximum(worst, (gradient[rows].double() - answer).abs().max())  # NaN stays NaN
+            largest = torch.maximum(largest, answer.abs().max())
     return loss_error.item(), (worst / largest).item()
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Blocks that fit the cache are too small to share: threads would only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _row_blocks(x: Tensor) -> list[slice]:

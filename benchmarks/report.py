@@ -43,7 +43,7 @@ UPSTREAMS = {
 def markdown(results: Results) -> str:
     sections = [
         _introduction(results),
-        _main_table(results),
+        main_table(results),
         _targets(results),
         _traffic(results),
         _ldam(results),
@@ -72,7 +72,7 @@ def _introduction(results: Results) -> str:
     )
 
 
-def _main_table(results: Results) -> str:
+def main_table(results: Results) -> str:
     case = ("float32", "upstream1")
     wants_targets = bool(targets.targets(results))
     rows = []

@@ -22,7 +22,7 @@ import ltkernels.functional as LF
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from oracle import Problem, check, evaluate, poisoned_memory, same_bits  # noqa: E402
 
-RANDOM_CASES = 240
+RANDOM_CASES = 200
 CASES: dict[str, Callable[[], None]] = {}
 INF, NAN = float("inf"), float("nan")
 
