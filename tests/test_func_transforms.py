@@ -97,10 +97,16 @@ def test_vmap_over_other_arguments() -> None:
         got = vmap(function, in_dims=(2, 1, 0, 1))(logits.movedim(0, 2), target.t(), masks, weights.t())
     assert ran == {"forward": 1}
     torch.testing.assert_close(got, looped(function, logits, target, masks, weights))
-    with kernels_run() as ran:
-        got = vmap(function, in_dims=(None, None, 0, None))(logits[0], target[0], masks[:, 0] | True, weights[0])
-    assert ran == {"forward": 1}
-    torch.testing.assert_close(got, function(logits[0], target[0], masks[0, 0] | True, weights[0]).expand(5))
+
+    # One mask of the classes for each problem, with rows of their own or shared.
+    class_masks = rand(5, C, seed=5) < 1.2
+    for x, y in ((logits, target), (logits[0], target[0])):
+        dim = 0 if x.dim() == 3 else None
+        with kernels_run() as ran:
+            got = vmap(function, in_dims=(dim, dim, 0, 0))(x, y, class_masks, weights)
+        assert ran == {"forward": 1}
+        torch.testing.assert_close(got, looped(function, x.expand(5, N, C), y.expand(5, N), class_masks, weights))
+    assert got.isinf().any() and not got.isinf().all()  # removed targets in some problems
 
 
 def test_vmap_over_class_vectors_is_a_loop() -> None:
