@@ -30,9 +30,9 @@ auto make_node(Args&&... args) {
   }
 }
 
-// Makes the second derivative of `results` raise: a gradient penalty must not lose its second-order term without a word.
-// `edges` lead to what the results were computed from, so that the error lies on every path back to it (and on the path
-// of the enclosing level under nested torch.func.grad). Does nothing where no graph is being recorded.
+// Makes the second derivative of `results` raise: a gradient penalty must not lose its second-order term without a
+// word. `edges` lead to what the results were computed from, so that the error lies on every path back to it (and on
+// the path of the enclosing level under nested torch.func.grad). Does nothing where no graph is being recorded.
 inline void differentiable_once(
     const std::string& what, const torch::autograd::variable_list& results, torch::autograd::edge_list edges) {
   if (!at::GradMode::is_enabled()) return;
