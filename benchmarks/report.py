@@ -61,13 +61,15 @@ def _introduction(results: Results) -> str:
     optional = {name: m.get(key) for name, key in packages.items()}
     versions = [f"torch {m['torch']}", *(f"{name} {v}" for name, v in optional.items() if v), f"Python {m['python']}"]
     pages = f" Transparent huge pages: {m['huge_pages']}." if m.get("huge_pages") and m["device"] == "cpu" else ""
+    rounds = min(v["rounds"] for case in results.cases.values() for v in case["variants"].values())
     smoke = "\n\n**A smoke run: the numbers mean nothing.**" if m.get("quick") else ""
     return (
         f"# margin_cross_entropy on {where}\n\n"
         f"{m['date']}, {', '.join(versions)}, {m['threads']} CPU threads, {m['system']}.{pages}{smoke}\n\n"
-        "Forward and backward, N x C logits, medians. All variants of a shape and upstream gradient, in both dtypes, "
-        "are timed in one loop, in a new random order each round, after each has been checked against the definition "
-        f"in float64. `~` marks an interquartile range above {NOISY:.0%} of the median. "
+        f"Forward and backward, N x C logits, medians of at least {rounds} rounds. All variants of a shape and "
+        "upstream gradient, in both dtypes, are timed in one loop, in a new random order each round, after each has "
+        "been checked against the definition in float64. "
+        f"`~` marks an interquartile range above {NOISY:.0%} of the median. "
         "eager torch is `F.cross_entropy(logits + bias, target)`; torch.compile is that function compiled."
     )
 
@@ -115,8 +117,9 @@ def _traffic(results: Results) -> str:
     head = ["N x C", "dtype", "ltkernels", "clone, fresh", "clone, fresh huge pages", "copy, warm", "of clone, fresh"]
     return (
         "## Memory traffic\n\nGB/s, counting 2 N C bytes-per-element: logits in, gradient out. The copies run in the "
-        "same loop. A gradient that fits memory which malloc has kept (below 32 MB) needs no page fault: that is how "
-        f"a share can be above 100 %.\n\n{_table(head, rows)}"
+        "same loop. A share can be above 100 %: a gradient below 32 MB may land in memory that malloc has kept, "
+        "without page faults, and for larger ones ltkernels asks for huge pages, which a plain clone does not.\n\n"
+        f"{_table(head, rows)}"
     )
 
 
@@ -199,7 +202,7 @@ def _optional(form: str) -> Callable[[float | None], str]:
     return lambda value: "" if value is None else form.format(value)
 
 
-_times, _number, _rate = _optional("{:.2f}x"), _optional("{:.2f}"), _optional("{:.1f}")
+_times, _number, _rate = _optional("{:.2f}x"), _optional("{:.4g}"), _optional("{:.1f}")
 
 
 def write(results: Results, name: str, out: Path) -> list[Path]:
