@@ -47,7 +47,7 @@ class BuildKernels(BuildExtension):
         library.with_name("_build.json").write_text(json.dumps(self._describe(), indent=2) + "\n")
 
     def get_ext_filename(self, ext_name):
-        # One file name for every Python version: the library holds operators, no Python module.
+        # A name without the Python version: ltkernels/_build_info.py reports a mismatch in clear words.
         return str(Path(super().get_ext_filename(ext_name)).with_name("_C.so"))
 
     def _compile_kernels(self):
@@ -68,7 +68,8 @@ class BuildKernels(BuildExtension):
 
     @staticmethod
     def _describe():
-        return {"torch": torch.__version__, "capabilities": list(CAPABILITIES), "sanitize": SANITIZE}
+        python = ".".join(platform.python_version_tuple()[:2])
+        return {"torch": torch.__version__, "python": python, "capabilities": list(CAPABILITIES), "sanitize": SANITIZE}
 
 
 def sources():

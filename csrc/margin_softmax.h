@@ -49,7 +49,6 @@ struct MarginSoftmaxArgs {
 
   // The gradient: written by the forward pass if it is not null, with c = u / Z and e = 0, or by the backward pass.
   void* grad = nullptr;  // (rows, classes), contiguous, in the logits' type
-  bool stream = false;   // write the gradient past the caches
 
   // Backward: upstream gradients, one a row, or one for all.
   const acc_t* grad_loss = nullptr;  // (rows,) or (1,)

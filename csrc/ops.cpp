@@ -83,6 +83,46 @@ OptionalTensor unpack_optional(const SavedVariable& saved) {
 
 // ------------------------------------------------------------------------------------------------------ autograd node
 
+// What a gradient is recomputed from.
+struct UnpackedArguments {
+  Tensor logits, target, stats, loss;
+  OptionalTensor weight, logit_scale, logit_bias, target_margin, pairwise_margin, mask, sample_weight;
+};
+
+struct SavedArguments {
+  SavedVariable logits, target, stats, loss;
+  SavedVariable weight, logit_scale, logit_bias, target_margin, pairwise_margin, mask, sample_weight;
+
+  SavedArguments(LTK_MARGIN_TENSOR_PARAMETERS, const Tensor& stats, const Tensor& loss)
+      : logits(logits, false),
+        target(target, false),
+        stats(stats, false),
+        loss(loss, false),
+        weight(value_or_undefined(weight), false),
+        logit_scale(value_or_undefined(logit_scale), false),
+        logit_bias(value_or_undefined(logit_bias), false),
+        target_margin(value_or_undefined(target_margin), false),
+        pairwise_margin(value_or_undefined(pairwise_margin), false),
+        mask(value_or_undefined(mask), false),
+        sample_weight(value_or_undefined(sample_weight), false) {}
+
+  // Once a backward pass: hooks may recompute what they unpack, and torch.utils.checkpoint forbids a second time.
+  UnpackedArguments unpack() const {
+    return {
+        .logits = logits.unpack(),
+        .target = target.unpack(),
+        .stats = stats.unpack(),
+        .loss = loss.unpack(),
+        .weight = unpack_optional(weight),
+        .logit_scale = unpack_optional(logit_scale),
+        .logit_bias = unpack_optional(logit_bias),
+        .target_margin = unpack_optional(target_margin),
+        .pairwise_margin = unpack_optional(pairwise_margin),
+        .mask = unpack_optional(mask),
+        .sample_weight = unpack_optional(sample_weight)};
+  }
+};
+
 // Inputs: the upstream gradients of loss and, if it was returned, lse. Outputs, in this order: gradients to logits,
 // logit_scale, logit_bias, target_margin, pairwise_margin, sample_weight.
 //
@@ -91,37 +131,18 @@ OptionalTensor unpack_optional(const SavedVariable& saved) {
 struct MarginSoftmaxBackward : public torch::autograd::Node {
   enum Output { kLogits, kLogitScale, kLogitBias, kTargetMargin, kPairwiseMargin, kSampleWeight, kOutputs };
 
-  SavedVariable logits_, target_, weight_, logit_scale_, logit_bias_, target_margin_, pairwise_margin_, mask_,
-      sample_weight_, stats_, loss_, grad_;
+  std::optional<SavedArguments> saved_;  // unless the gradient to the logits is all there is
+  SavedVariable grad_;                   // if precomputed_
   double scale_ = 1, label_smoothing_ = 0;
   int64_t reduction_ = kMean, ignore_index_ = -100;
   bool precomputed_ = false;
 
   std::string name() const override { return "MarginSoftmaxBackward"; }
 
-  void save_arguments(LTK_MARGIN_PARAMETERS) {
-    logits_ = SavedVariable(logits, false);
-    target_ = SavedVariable(target, false);
-    weight_ = SavedVariable(value_or_undefined(weight), false);
-    logit_scale_ = SavedVariable(value_or_undefined(logit_scale), false);
-    logit_bias_ = SavedVariable(value_or_undefined(logit_bias), false);
-    target_margin_ = SavedVariable(value_or_undefined(target_margin), false);
-    pairwise_margin_ = SavedVariable(value_or_undefined(pairwise_margin), false);
-    mask_ = SavedVariable(value_or_undefined(mask), false);
-    sample_weight_ = SavedVariable(value_or_undefined(sample_weight), false);
-    scale_ = scale;
-    reduction_ = reduction;
-    ignore_index_ = ignore_index;
-    label_smoothing_ = label_smoothing;
-  }
-
   void release_variables() override {
     const std::lock_guard<std::mutex> lock(mutex_);
-    for (SavedVariable* saved :
-         {&logits_, &target_, &weight_, &logit_scale_, &logit_bias_, &target_margin_, &pairwise_margin_, &mask_,
-          &sample_weight_, &stats_, &loss_, &grad_}) {
-      saved->reset_data();
-    }
+    saved_.reset();
+    grad_.reset_data();
     released_ = true;
   }
 
@@ -134,41 +155,22 @@ struct MarginSoftmaxBackward : public torch::autograd::Node {
     const bool sample_weight_wanted = task_should_compute_output(kSampleWeight) && upstream[0].defined();
     if (precomputed_ && task_should_compute_output(kLogits)) grads[kLogits] = scale_precomputed(upstream[0]);
     if (!precomputed_ || sample_weight_wanted) {
-      const Unpacked saved = unpack();
+      const UnpackedArguments saved = saved_->unpack();
       if (!precomputed_) recompute(saved, upstream[0], lse_used ? OptionalTensor(upstream[1]) : std::nullopt, grads);
       if (sample_weight_wanted) grads[kSampleWeight] = sample_weight_gradient(saved, upstream[0]);
     }
-    torch::autograd::edge_list edges = next_edges();
-    for (const Tensor& x : upstream) {
-      if (x.defined() && x.requires_grad()) edges.push_back(torch::autograd::impl::gradient_edge(x));
+    if (at::GradMode::is_enabled()) {
+      torch::autograd::edge_list edges = next_edges();
+      for (const Tensor& x : upstream) {
+        if (x.defined() && x.requires_grad()) edges.push_back(torch::autograd::impl::gradient_edge(x));
+      }
+      differentiable_once("margin_cross_entropy", grads, std::move(edges));
     }
-    differentiable_once("margin_cross_entropy", grads, std::move(edges));
     return grads;
   }
 
  private:
   bool released_ = false;
-
-  struct Unpacked {
-    Tensor logits, target, stats, loss;
-    OptionalTensor weight, logit_scale, logit_bias, target_margin, pairwise_margin, mask, sample_weight;
-  };
-
-  // Once a backward pass: hooks may recompute what they unpack, and torch.utils.checkpoint forbids a second time.
-  Unpacked unpack() const {
-    return {
-        .logits = logits_.unpack(),
-        .target = target_.unpack(),
-        .stats = stats_.unpack(),
-        .loss = loss_.unpack(),
-        .weight = unpack_optional(weight_),
-        .logit_scale = unpack_optional(logit_scale_),
-        .logit_bias = unpack_optional(logit_bias_),
-        .target_margin = unpack_optional(target_margin_),
-        .pairwise_margin = unpack_optional(pairwise_margin_),
-        .mask = unpack_optional(mask_),
-        .sample_weight = unpack_optional(sample_weight_)};
-  }
 
   // In place if nobody can see the memory again: the graph is not retained and holds the only reference.
   Tensor scale_precomputed(const Tensor& upstream) {
@@ -178,6 +180,7 @@ struct MarginSoftmaxBackward : public torch::autograd::Node {
         !at::isTensorSubclassLike(upstream)) {
       grad_.reset_data();
       if (grad.use_count() == 1 && grad.storage().use_count() == 1) {
+        const at::AutoDispatchBelowADInplaceOrView guard;  // not through autograd's boxed fallback
         call_scale_(grad, upstream);
         return grad;
       }
@@ -186,7 +189,8 @@ struct MarginSoftmaxBackward : public torch::autograd::Node {
   }
 
   void recompute(
-      const Unpacked& saved, const Tensor& upstream, const OptionalTensor& upstream_lse, variable_list& grads) {
+      const UnpackedArguments& saved, const Tensor& upstream, const OptionalTensor& upstream_lse,
+      variable_list& grads) {
     const bool class_wanted = task_should_compute_output(kLogitScale) || task_should_compute_output(kLogitBias) ||
                               task_should_compute_output(kTargetMargin);
     int64_t wanted = 0;
@@ -214,7 +218,7 @@ struct MarginSoftmaxBackward : public torch::autograd::Node {
   }
 
   // du_i = upstream_i * r_i, or upstream * (r_i - k_i * loss) / Z under a mean with Z = sum_i u_i k_i; 0 if ignored.
-  Tensor sample_weight_gradient(const Unpacked& saved, const Tensor& upstream) const {
+  Tensor sample_weight_gradient(const UnpackedArguments& saved, const Tensor& upstream) const {
     const Tensor row_loss = saved.stats.select(0, 2);
     const Tensor& u = *saved.sample_weight;
     const bool indices = !saved.target.is_floating_point();
@@ -280,13 +284,15 @@ std::tuple<Tensor, Tensor> margin_softmax_autograd(LTK_MARGIN_PARAMETERS, bool r
   if (precompute) node->grad_ = SavedVariable(grad, false);
   const bool u_requires_grad = requires_grad(sample_weight);
   if (!precompute || u_requires_grad) {
+    node->scale_ = scale;
+    node->reduction_ = reduction;
+    node->ignore_index_ = ignore_index;
+    node->label_smoothing_ = label_smoothing;
     // The logits may be modified after a precomputed gradient: do not hold on to them.
-    node->save_arguments(
+    node->saved_.emplace(
         precompute ? Tensor() : logits, target, weight, logit_scale, logit_bias, target_margin, pairwise_margin, mask,
-        sample_weight, scale, reduction, ignore_index, label_smoothing);
-    node->stats_ = SavedVariable(stats, false);
+        sample_weight, scale, stats, u_requires_grad && reduction == kMean ? loss.detach() : Tensor());
   }
-  if (u_requires_grad && reduction == kMean) node->loss_ = SavedVariable(loss.detach(), false);
   Tensor lse;
   {
     const at::AutoDispatchBelowADInplaceOrView guard;

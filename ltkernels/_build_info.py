@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import platform
 from pathlib import Path
 
 import torch
@@ -21,15 +22,24 @@ def description() -> dict:
     return json.loads(_DESCRIPTION.read_text())
 
 
-def check_torch_version() -> None:
-    """Raises ImportError if torch is not the one built against: C++ extensions are not compatible across versions."""
-    built = description()["torch"]
-    if _release(built) != _release(torch.__version__):
-        raise ImportError(
-            f"ltkernels was built against torch {built}, but torch {torch.__version__} is installed. Rebuild it with "
-            "`pip install --no-build-isolation --force-reinstall --no-deps ltkernels` (or `make build` in a source "
-            "tree), or install the torch it was built against."
-        )
+def check_versions() -> None:
+    """Raises ImportError if torch or Python is not the one built against: C++ extensions fit one version of each."""
+    built = description()
+    for name, wanted, found in (
+        ("torch", built["torch"], torch.__version__),
+        ("Python", built["python"], python_version()),
+    ):
+        if _release(wanted) != _release(found):
+            raise ImportError(
+                f"ltkernels was built against {name} {wanted}, but this is {name} {found}. Rebuild it with "
+                "`pip install --no-build-isolation --force-reinstall --no-deps ltkernels` (or `make build` in a source "
+                f"tree), or use the {name} it was built against."
+            )
+
+
+def python_version() -> str:
+    """What extensions have to agree on: the minor version."""
+    return ".".join(platform.python_version_tuple()[:2])
 
 
 def _release(version: str) -> str:

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from ltkernels import _build_info
 
-_build_info.check_torch_version()
-torch.ops.load_library(_build_info.LIBRARY)
+_build_info.check_versions()
+from ltkernels import _C  # noqa: E402  (a mismatch is to be reported before the library is loaded)
 
 BACKENDS = ("auto", "reference")
 BACKEND = os.environ.get("LTKERNELS_BACKEND", "auto")
@@ -25,6 +25,9 @@ _KERNELS_ENABLED = BACKEND == "auto"
 # The overload itself: looking it up through torch.ops costs a microsecond a call.
 margin_softmax = torch.ops.ltkernels.margin_softmax.default
 margin_softmax_check = torch.ops.ltkernels.margin_softmax_check.default
+
+# The same without torch.ops' generic call, for eager execution; Dynamo cannot look inside.
+margin_softmax_direct = _C.direct(margin_softmax)
 
 GRAD_LOGITS, GRAD_CLASS, GRAD_PAIRWISE = 1, 2, 4  # bits of margin_softmax_bwd's `grads`, as in margin_softmax_op.h
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from ltkernels import _ops, reference
 
@@ -93,7 +94,8 @@ def margin_cross_entropy(
         >>> loss = LF.margin_cross_entropy(logits, target, logit_bias=counts.log())  # balanced softmax
         >>> loss.backward()
     """
-    if not isinstance(reduction, str) or reduction not in _REDUCTIONS:
+    reduction_code = _REDUCTIONS.get(reduction) if isinstance(reduction, str) else None
+    if reduction_code is None:
         raise ValueError(f"reduction: expected 'none', 'mean' or 'sum', got {reduction!r}")
     if not isinstance(input, Tensor) or not isinstance(target, Tensor):
         name, value = ("target", target) if isinstance(input, Tensor) else ("input", input)
@@ -108,30 +110,24 @@ def margin_cross_entropy(
         shape = (*input.shape[:1], *input.shape[2:]) if input.dim() > 1 else ()
         input, target, mask, sample_weight = _as_rows(input, target, mask, sample_weight)
 
-    arguments = (
-        input,
-        target,
-        weight,
-        logit_scale,
-        logit_bias,
-        target_margin,
-        pairwise_margin,
-        mask,
-        sample_weight,
-        scale,
-    )
     try:
         if _ops.uses_kernel(input):
-            loss, lse = _ops.margin_softmax(
-                *arguments, _REDUCTIONS[reduction], ignore_index, label_smoothing, return_lse
-            )
+            call = _ops.margin_softmax if is_compiling() else _ops.margin_softmax_direct
+            loss, lse = call(
+                input, target, weight, logit_scale, logit_bias, target_margin, pairwise_margin, mask, sample_weight,
+                scale, reduction_code, ignore_index, label_smoothing, return_lse,
+            )  # fmt: skip
         else:
+            arguments = (
+                input, target, weight, logit_scale, logit_bias, target_margin, pairwise_margin, mask, sample_weight,
+                scale,
+            )  # fmt: skip
             _ops.margin_softmax_check(*arguments, ignore_index, label_smoothing)
             _check_values(*arguments[:2], *arguments[3:7], ignore_index)
             loss, lse = reference.margin_softmax(*arguments, reduction, ignore_index, label_smoothing)
     except RuntimeError:
         # The dispatcher's answer to a wrong Python type; checked after the fact, as it would cost every call.
-        _check_types(*arguments[2:9])
+        _check_types(weight, logit_scale, logit_bias, target_margin, pairwise_margin, mask, sample_weight)
         _check_numbers(scale, ignore_index, label_smoothing)
         raise
 
@@ -170,7 +166,7 @@ def _check_values(
     ignore_index: int,
 ) -> None:
     """What the CPU kernel says about values that make no sense; elsewhere reading them would synchronise."""
-    if input.device.type != "cpu" or torch.compiler.is_compiling() or type(target) is not Tensor:
+    if input.device.type != "cpu" or is_compiling() or type(target) is not Tensor:
         return
     if not target.is_floating_point():
         index, classes = target.long(), input.shape[1]

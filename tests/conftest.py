@@ -57,7 +57,8 @@ def run_python() -> Callable[..., str]:
             timeout=timeout,
             cwd=TESTS.parent,
         )
-        assert (result.returncode != 0) == fails, result.stdout[-4000:] + result.stderr[-4000:]
+        # 1 is an uncaught exception; anything else a crash.
+        assert result.returncode == int(fails), f"{result.returncode}: {result.stdout[-4000:]}{result.stderr[-4000:]}"
         return result.stderr if fails else result.stdout
 
     return run

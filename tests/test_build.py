@@ -77,14 +77,20 @@ def test_description() -> None:
 @pytest.mark.parametrize("version", ["2.11.0", "2.99.0+cu130"])
 def test_other_torch_version(monkeypatch: pytest.MonkeyPatch, version: str) -> None:
     monkeypatch.setattr(torch, "__version__", version)
-    with pytest.raises(ImportError, match="was built against torch .*, but torch .* is installed. Rebuild") as caught:
-        _build_info.check_torch_version()
+    with pytest.raises(ImportError, match="was built against torch .*, but this is torch .*. Rebuild") as caught:
+        _build_info.check_versions()
     assert version in str(caught.value) and DESCRIPTION["torch"] in str(caught.value)
 
 
 def test_same_version_from_another_index(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "__version__", DESCRIPTION["torch"].split("+")[0] + "+cu130")
-    _build_info.check_torch_version()
+    _build_info.check_versions()
+
+
+def test_other_python_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_build_info, "python_version", lambda: "3.99")
+    with pytest.raises(ImportError, match=r"built against Python 3\.\d+, but this is Python 3.99. Rebuild"):
+        _build_info.check_versions()
 
 
 def test_import_with_another_torch_version(run_python: Callable[..., str]) -> None:
@@ -96,7 +102,7 @@ def test_import_with_another_torch_version(run_python: Callable[..., str]) -> No
 def test_missing_extension(monkeypatch: pytest.MonkeyPatch, tmp_path, missing: str) -> None:
     monkeypatch.setattr(_build_info, missing, tmp_path / "nowhere")
     with pytest.raises(ImportError, match="the compiled extension is missing .* Build it with"):
-        _build_info.check_torch_version()
+        _build_info.check_versions()
 
 
 # -------------------------------------------------------------------------------------------------------------- import

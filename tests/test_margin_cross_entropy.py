@@ -30,10 +30,11 @@ def test_every_pair_of_features(features: dict) -> None:
 CLASSES = (*range(1, 36), 63, 64, 65, 100, 127, 257)
 SMALL = FEATURES | {"rows": (0, 1, 2, 3, 5, 33, 130), "classes": CLASSES}
 PLAIN = {name: values[0] for name, values in FEATURES.items()}
+EXAMPLES = 1000 if "ATEN_CPU_CAPABILITY" in os.environ else 3000  # the others run in test_every_instruction_set
 
 
 @pytest.mark.variants
-@settings(max_examples=3000)
+@settings(max_examples=EXAMPLES)
 @given(
     features=st.fixed_dictionaries({name: st.sampled_from(values) for name, values in SMALL.items()}).filter(possible),
     seed=st.integers(0, 2**20),

@@ -1,7 +1,6 @@
 // CPU implementation of the margin_softmax operators: arguments -> raw pointers -> row blocks in parallel.
 #include <ATen/Parallel.h>
 #include <ATen/Version.h>
-#include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 #include <ATen/ops/zeros_like.h>
 #include <torch/library.h>
@@ -16,7 +15,7 @@
 #include "../kernel_calls.h"
 #include "../margin_softmax.h"
 #include "../margin_softmax_op.h"
-#include "gradient_memory.h"
+#include "new_tensors.h"
 
 namespace ltkernels {
 namespace {
@@ -84,14 +83,25 @@ at::Tensor unit_stride_rows(const at::Tensor& matrix) {
   return matrix.stride(1) == 1 || matrix.size(1) == 1 ? matrix : matrix.contiguous();
 }
 
+// Whether `bad` holds for any index, in a loop without branches that the compiler turns into vector code.
+template <typename Predicate>
+bool any_of_indices(int64_t size, Predicate bad) {
+  bool found = false;
+  for (int64_t j = 0; j < size; ++j) found |= bad(j);
+  return found;
+}
+
 // A margin that is NaN or infinite would give a wrong number without a trace: a = inf silently removes classes.
 template <typename acc_t>
 void check_finite(const char* name, const at::Tensor& x, bool minus_infinity_allowed = false) {
   const acc_t* values = x.const_data_ptr<acc_t>();
+  constexpr acc_t kLargest = std::numeric_limits<acc_t>::max();
+  auto fits = [&](int64_t j) {
+    return (values[j] <= kLargest) & ((values[j] >= -kLargest) | minus_infinity_allowed);  // false for NaN
+  };
+  if (!any_of_indices(x.numel(), [&](int64_t j) { return !fits(j); })) return;
   for (int64_t j = 0; j < x.numel(); ++j) {
-    const bool removed = minus_infinity_allowed && values[j] == -std::numeric_limits<acc_t>::infinity();
-    TORCH_CHECK_VALUE(
-        std::isfinite(values[j]) || removed, name, ": expected finite values, got ", values[j], " at index ", j);
+    TORCH_CHECK_VALUE(fits(j), name, ": expected finite values, got ", values[j], " at index ", j);
   }
 }
 
@@ -142,11 +152,16 @@ void Prepared<acc_t>::set_target(const at::Tensor& target_, int64_t ignore_index
   }
   target = target_.scalar_type() == at::kLong && target_.is_contiguous() ? target_ : target_.to(at::kLong).contiguous();
   args.index = target.const_data_ptr<int64_t>();
+  auto outside = [&](int64_t i) {
+    const int64_t y = args.index[i];
+    return (static_cast<uint64_t>(y) >= static_cast<uint64_t>(args.classes)) & (y != ignore_index);
+  };
+  if (!any_of_indices(args.rows, outside)) return;
   for (int64_t i = 0; i < args.rows; ++i) {
     const int64_t y = args.index[i];
     TORCH_CHECK_INDEX(
-        (y >= 0 && y < args.classes) || y == ignore_index, "target: expected class indices in [0, ", args.classes,
-        ") or ignore_index=", ignore_index, ", got ", y, " at row ", i);
+        !outside(i), "target: expected class indices in [0, ", args.classes, ") or ignore_index=", ignore_index,
+        ", got ", y, " at row ", i);
   }
 }
 
@@ -154,6 +169,12 @@ void Prepared<acc_t>::set_target(const at::Tensor& target_, int64_t ignore_index
 template <typename acc_t>
 void Prepared<acc_t>::set_normalizer(int64_t reduction) {
   if (reduction != kMean) return;
+  if (args.sample_weight == nullptr && args.weight == nullptr) {
+    int64_t kept = args.rows;
+    for (int64_t i = 0; args.index != nullptr && i < args.rows; ++i) kept -= args.index[i] == args.ignore_index;
+    args.inverse_normalizer = static_cast<acc_t>(1 / static_cast<double>(kept));
+    return;
+  }
   double total = 0;
   for (int64_t i = 0; i < args.rows; ++i) {
     if (args.index != nullptr && args.index[i] == args.ignore_index) continue;
@@ -225,9 +246,9 @@ double weighted_sum(const MarginSoftmaxArgs<acc_t>& args) {
 }
 
 template <typename acc_t>
-at::Tensor reduce_loss(const MarginSoftmaxArgs<acc_t>& args, int64_t reduction, const at::TensorOptions& options) {
+at::Tensor reduce_loss(const MarginSoftmaxArgs<acc_t>& args, int64_t reduction) {
   if (reduction == kNone) {
-    at::Tensor loss = at::empty({args.rows}, options);
+    at::Tensor loss = empty_tensor({args.rows}, kAccType<acc_t>);
     acc_t* out = loss.mutable_data_ptr<acc_t>();
     for (int64_t i = 0; i < args.rows; ++i) {
       const bool weighted =
@@ -236,7 +257,7 @@ at::Tensor reduce_loss(const MarginSoftmaxArgs<acc_t>& args, int64_t reduction, 
     }
     return loss;
   }
-  at::Tensor loss = at::empty({}, options);
+  at::Tensor loss = empty_tensor({}, kAccType<acc_t>);
   const double total = weighted_sum(args);
   *loss.mutable_data_ptr<acc_t>() = static_cast<acc_t>(reduction == kMean ? total * args.inverse_normalizer : total);
   return loss;
@@ -246,13 +267,12 @@ template <typename acc_t>
 std::tuple<at::Tensor, at::Tensor, at::Tensor> forward(LTK_MARGIN_PARAMETERS, bool with_grad) {
   Prepared<acc_t> prepared(LTK_MARGIN_ARGUMENTS);
   auto& args = prepared.args;
-  const auto options = logits.options().dtype(kAccType<acc_t>);
-  at::Tensor stats = at::empty({3, args.rows}, options);
+  const at::ScalarType type = logits.scalar_type();
+  at::Tensor stats = empty_tensor({3, args.rows}, kAccType<acc_t>);
   args.row_max = stats.mutable_data_ptr<acc_t>();
   args.row_logsum = args.row_max + args.rows;
   args.row_loss = args.row_logsum + args.rows;
-  at::Tensor grad =
-      with_grad ? empty_gradient(args.rows, args.classes, logits.options()) : at::empty({0}, logits.options());
+  at::Tensor grad = with_grad ? empty_gradient(args.rows, args.classes, type) : empty_tensor({0}, type);
   if (with_grad) args.grad = grad.mutable_data_ptr();
 
   const auto& kernels = variant().template kernels<acc_t>();
@@ -262,11 +282,11 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> forward(LTK_MARGIN_PARAMETERS, bo
   });
   (with_grad ? variant().forward_gradient : variant().forward).add();
   // C x C values are too many to check at every call; a bad one that was used shows as NaN.
-  const bool any_nan = std::any_of(args.row_loss, args.row_loss + args.rows, [](acc_t r) { return std::isnan(r); });
-  if (args.pairwise != nullptr && any_nan) {
+  const auto is_nan = [&](int64_t i) { return std::isnan(args.row_loss[i]); };
+  if (args.pairwise != nullptr && any_of_indices(args.rows, is_nan)) {
     check_finite<acc_t>("pairwise_margin", prepared.pairwise.flatten(), /*minus_infinity_allowed=*/true);
   }
-  return {reduce_loss(args, reduction, options), stats, grad};
+  return {reduce_loss(args, reduction), stats, grad};
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> margin_softmax_fwd(LTK_MARGIN_PARAMETERS, bool with_grad) {
@@ -306,9 +326,8 @@ void run_backward(
 // Rows of a class are added in their order by one thread: rows are sorted by class, whole classes go to a task.
 template <typename acc_t>
 at::Tensor run_pairwise(
-    const MarginSoftmaxKernels<acc_t>& kernels, const MarginSoftmaxArgs<acc_t>& args, const at::Tensor& target,
-    const at::TensorOptions& options) {
-  at::Tensor grad = at::zeros({args.classes, args.classes}, options);
+    const MarginSoftmaxKernels<acc_t>& kernels, const MarginSoftmaxArgs<acc_t>& args, const at::Tensor& target) {
+  at::Tensor grad = at::zeros({args.classes, args.classes}, kAccType<acc_t>);
   const at::Tensor order = target.argsort(/*stable=*/true, /*dim=*/0, /*descending=*/false);
   const int64_t* rows = order.const_data_ptr<int64_t>();
   acc_t* out = grad.mutable_data_ptr<acc_t>();
@@ -329,7 +348,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> backward(
     int64_t grads) {
   Prepared<acc_t> prepared(LTK_MARGIN_ARGUMENTS);
   auto& args = prepared.args;
-  const auto options = logits.options().dtype(kAccType<acc_t>);
+  const at::ScalarType type = logits.scalar_type();
   const at::Tensor statistics = stats.contiguous();
   acc_t* statistic = const_cast<acc_t*>(statistics.const_data_ptr<acc_t>());  // only read by a backward pass
   args.row_max = statistic;
@@ -340,17 +359,16 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> backward(
   const at::Tensor upstream_lse = grad_lse.has_value() ? as_vector<acc_t>(*grad_lse) : at::Tensor();
   if (grad_lse.has_value()) args.grad_lse = upstream_lse.const_data_ptr<acc_t>();
 
-  at::Tensor grad = grads & kGradLogits ? empty_gradient(args.rows, args.classes, logits.options())
-                                        : at::empty({0}, logits.options());
+  at::Tensor grad = grads & kGradLogits ? empty_gradient(args.rows, args.classes, type) : empty_tensor({0}, type);
   if (grads & kGradLogits) args.grad = grad.mutable_data_ptr();
   at::Tensor class_grad;
-  if (grads & kGradClass) class_grad = at::empty({3, args.classes}, options);
+  if (grads & kGradClass) class_grad = empty_tensor({3, args.classes}, kAccType<acc_t>);
   const auto& kernels = variant().template kernels<acc_t>();
   if (grads & (kGradLogits | kGradClass)) run_backward(kernels, args, class_grad);
   at::Tensor pairwise_grad =
-      grads & kGradPairwise ? run_pairwise(kernels, args, prepared.target, options) : at::empty({0}, options);
+      grads & kGradPairwise ? run_pairwise(kernels, args, prepared.target) : empty_tensor({0}, kAccType<acc_t>);
   variant().backward.add();
-  return {grad, class_grad.defined() ? class_grad : at::empty({0}, options), pairwise_grad};
+  return {grad, class_grad.defined() ? class_grad : empty_tensor({0}, kAccType<acc_t>), pairwise_grad};
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> margin_softmax_bwd(
@@ -362,7 +380,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> margin_softmax_bwd(
 
 // grad *= grad_output in place. An upstream gradient of 1, the usual case, touches nothing.
 void margin_softmax_scale_(at::Tensor grad, const at::Tensor& grad_output) {
-  if (grad_output.item<double>() != 1) grad.mul_(grad_output);
+  const bool is_float = grad_output.scalar_type() == at::kFloat && grad_output.numel() == 1;
+  const double factor = is_float ? *grad_output.const_data_ptr<float>() : grad_output.item<double>();
+  if (factor != 1) grad.mul_(grad_output);
 }
 
 TORCH_LIBRARY_IMPL(ltkernels, CPU, m) {

@@ -2,7 +2,7 @@
 //
 // A row passes through a scratch buffer that stays in the L1 or L2 cache, in short sweeps:
 //   1. load     logits -> v, and its maximum       (reads the logits, once)
-//   2. exp      v -> exp(v - M), and its sum
+//   2. exp      v -> exp(v - M), and its sum       (meanwhile prefetches what sweeps 3 and, of the next row, 1 touch)
 //   3. store    exp * coefficient -> gradient      (writes the gradient, once)
 // Rare options (mask, pairwise margin, probabilities, smoothing, class gradients) are extra sweeps over the scratch,
 // so that the common path has no switch inside a loop. The scratch is padded with v = -inf to whole vectors.
@@ -38,8 +38,8 @@ LTK_INLINE A load_adjusted(const T* logits, const MarginSoftmaxArgs<A>& p, A* v)
   const A* bias = p.bias;
   const A scale = p.scale;
   Vec<A> top = broadcast<A>(-kInfinity<A>);
-  store(v + padded<A>(C) - W, top);
   if (C < W) {
+    store(v, top);
     for (int64_t j = 0; j < C; ++j) {
       A x = widen(logits[j]);
       if constexpr (kAffine == Affine::kScale) x = x * scale;
@@ -49,22 +49,39 @@ LTK_INLINE A load_adjusted(const T* logits, const MarginSoftmaxArgs<A>& p, A* v)
     }
     return lane_max<A>(larger(load(v), top));
   }
-  auto adjust = [&](int64_t j) __attribute__((always_inline)) {
+  auto adjusted = [&](int64_t j) __attribute__((always_inline)) {
     Vec<A> x = load(logits + j);
     if constexpr (kAffine == Affine::kScale) x = x * scale;
     if constexpr (kAffine == Affine::kBias) x = x * scale + load(bias + j);
     if constexpr (kAffine == Affine::kScaleBias) x = x * load(scaled + j) + load(bias + j);
-    store(v + j, x);
     return x;
   };
   Vec<A> other = top;
   int64_t j = 0;
   for (; j + 2 * W <= C; j += 2 * W) {
-    top = larger(adjust(j), top);
-    other = larger(adjust(j + W), other);
+    const Vec<A> x = adjusted(j), y = adjusted(j + W);
+    store(v + j, x);
+    store(v + j + W, y);
+    top = larger(x, top);
+    other = larger(y, other);
   }
-  if (j + W <= C) top = larger(adjust(j), top);
-  other = larger(adjust(C - W), other);  // the tail, overlapping: a vector for up to W - 1 scalar steps
+  if (j + W <= C) {
+    const Vec<A> x = adjusted(j);
+    store(v + j, x);
+    top = larger(x, top);
+    j += W;
+  }
+  if (j < C) {
+    // The last C - j values are the upper lanes of the last whole vector: moved down, and padded. Stored as they lie,
+    // overlapping, the next sweep would wait for both stores to reach the cache.
+    const auto lanes = lane_numbers<A>();
+    const auto missing = static_cast<typename Simd<A>::Lane>(j + W - C);
+    const Vec<A> x = shuffle<A>(adjusted(C - W), (lanes + missing) & (W - 1));
+    const Vec<A> padding = broadcast<A>(-kInfinity<A>);
+    const Vec<A> y = lanes + missing < W ? x : padding;
+    store(v + j, y);
+    other = larger(y, other);
+  }
   return lane_max<A>(larger(top, other));
 }
 
@@ -149,13 +166,32 @@ LTK_INLINE A load_row(const MarginSoftmaxArgs<A>& p, int64_t i, A* v, A* t) {
 
 // ------------------------------------------------------------------------------------------------------ sweep 2: exp
 
+// Rows of logits or gradients to prefetch, a cache line at a time: exp keeps the arithmetic units busy for long while
+// memory is idle, and the two other sweeps the other way round.
+struct Prefetch {
+  const char* load;   // the logits of the next row
+  const char* store;  // the gradient of this row
+  int64_t element_size;
+
+  // The lines that hold elements [j, j + 2 W).
+  template <bool kStore, int64_t kElements>
+  LTK_INLINE void lines(int64_t j) const {
+#pragma GCC unroll 4
+    for (int64_t k = 0; k < kElements; k += 16) {
+      __builtin_prefetch(load + (j + k) * element_size, 0, 2);
+      if constexpr (kStore) __builtin_prefetch(store + (j + k) * element_size, 1, 2);
+    }
+  }
+};
+
 template <bool kStore, typename A>
-LTK_INLINE A exp_sum(A* v, int64_t size, A shift) {
+LTK_INLINE A exp_sum(A* v, int64_t size, A shift, Prefetch prefetch) {
   constexpr int64_t W = Simd<A>::kLanes;
   const Vec<A> m = broadcast<A>(shift);
   Vec<A> sum = {}, other = {};
   int64_t j = 0;
   for (; j + 2 * W <= size; j += 2 * W) {
+    prefetch.lines<kStore, 2 * W>(j);
     const Vec<A> e = exp_nonpositive(load(v + j) - m);
     const Vec<A> f = exp_nonpositive(load(v + j + W) - m);
     if constexpr (kStore) store(v + j, e);
@@ -172,11 +208,18 @@ LTK_INLINE A exp_sum(A* v, int64_t size, A shift) {
 }
 
 template <typename A>
-LTK_INLINE void softmax_from(A* v, int64_t size, A shift, A logsum) {
+LTK_INLINE void softmax_from(A* v, int64_t size, A shift, A logsum, Prefetch prefetch) {
   constexpr int64_t W = Simd<A>::kLanes;
-  for (int64_t j = 0; j < size; j += W) {
+  const auto softmax = [&](int64_t j) __attribute__((always_inline)) {
     store(v + j, exp_nonpositive((load(v + j) - broadcast<A>(shift)) - broadcast<A>(logsum)));
+  };
+  int64_t j = 0;
+  for (; j + 2 * W <= size; j += 2 * W) {
+    prefetch.lines<true, 2 * W>(j);
+    softmax(j);
+    softmax(j + W);
   }
+  if (j < size) softmax(j);
 }
 
 // ---------------------------------------------------------------------------------------------------- sweep 3: store
@@ -186,12 +229,17 @@ LTK_INLINE void store_scaled(const A* g, A k, const A* scaled, int64_t C, T* out
   constexpr int64_t W = Simd<A>::kLanes;
   if (C < W) {
     for (int64_t j = 0; j < C; ++j) out[j] = narrow<T>(scaled == nullptr ? g[j] * k : g[j] * k * scaled[j]);
-  } else if (scaled == nullptr) {
-    for (int64_t j = 0; j + W <= C; j += W) store(out + j, load(g + j) * k);
-    store(out + C - W, load(g + C - W) * k);
-  } else {
-    for (int64_t j = 0; j + W <= C; j += W) store(out + j, load(g + j) * k * load(scaled + j));
-    store(out + C - W, load(g + C - W) * k * load(scaled + C - W));
+    return;
+  }
+  auto scale = [&](Vec<A> x, int64_t j)
+                   __attribute__((always_inline)) { return scaled == nullptr ? x * k : x * k * load(scaled + j); };
+  int64_t j = 0;
+  for (; j + W <= C; j += W) store(out + j, scale(load(g + j), j));
+  if (j < C) {
+    // The last vector of `out`, in part for the second time, from two aligned loads: an unaligned one would wait for
+    // the stores of the sweep before to reach the cache.
+    const auto shift = static_cast<typename Simd<A>::Lane>(C - j);
+    store(out + C - W, scale(shuffle<A>(load(g + j - W), load(g + j), lane_numbers<A>() + shift), C - W));
   }
 }
 
@@ -225,10 +273,14 @@ LTK_INLINE void store_gradient(
   }
 }
 
+LTK_INLINE int64_t element_size(ElementType type) {
+  return type == ElementType::kDouble ? 8 : type == ElementType::kFloat ? 4 : 2;
+}
+
 template <typename A>
 LTK_INLINE void zero_gradient(const MarginSoftmaxArgs<A>& p, int64_t i) {
-  const int64_t size = p.logits_type == ElementType::kDouble ? 8 : p.logits_type == ElementType::kFloat ? 4 : 2;
-  std::memset(static_cast<char*>(p.grad) + i * p.classes * size, 0, p.classes * size);
+  const int64_t size = p.classes * element_size(p.logits_type);
+  std::memset(static_cast<char*>(p.grad) + i * size, 0, size);
 }
 
 // ----------------------------------------------------------------------------------------------- target distribution
@@ -291,6 +343,31 @@ LTK_INLINE void zero_removed(const MarginSoftmaxArgs<A>& p, int64_t i, A* g) {
   }
 }
 
+// For the sweeps of `row` if `next` is loaded after it.
+template <typename A>
+LTK_INLINE Prefetch prefetch_of(const MarginSoftmaxArgs<A>& p, int64_t row, int64_t next) {
+  const int64_t size = element_size(p.logits_type);
+  const char* load = static_cast<const char*>(p.logits) + next * p.logits_stride * size;
+  return {load, p.grad == nullptr ? load : static_cast<const char*>(p.grad) + row * p.classes * size, size};
+}
+
+template <typename A>
+LTK_INLINE A log_of(A sum) {
+  return static_cast<A>(__builtin_log(sum));
+}
+
+// Statistics of rows with class indices from their sums and expected logits. A call of log in the loop over the rows
+// would keep the processor from working on two short ones at once.
+template <typename A>
+void finish_rows(const MarginSoftmaxArgs<A>& p, int64_t begin, int64_t end) {
+  for (int64_t i = begin; i < end; ++i) {
+    const int64_t y = p.index[i];
+    if (y == p.ignore_index) continue;
+    p.row_logsum[i] = log_of(p.row_logsum[i]);
+    p.row_loss[i] = (p.weight == nullptr ? 1 : p.weight[y]) * p.row_logsum[i] - p.row_loss[i];
+  }
+}
+
 template <typename A>
 void forward(const MarginSoftmaxArgs<A>& p, int64_t begin, int64_t end, A* scratch) {
   const int64_t C = p.classes;
@@ -308,10 +385,11 @@ void forward(const MarginSoftmaxArgs<A>& p, int64_t begin, int64_t end, A* scrat
     const int64_t y = dense ? -1 : p.index[i];
     const A mass = dense ? target_distribution(p, i, t) : p.weight == nullptr ? 1 : p.weight[y];
     const A expected = dense ? expected_logit(t, v, size, top) : mass == 0 ? 0 : mass * (v[y] - top);
-    const A sum = p.grad != nullptr ? exp_sum<true>(v, size, top) : exp_sum<false>(v, size, top);
+    const Prefetch prefetch = prefetch_of(p, i, i + 1 < end ? i + 1 : i);
+    const A sum = p.grad != nullptr ? exp_sum<true>(v, size, top, prefetch) : exp_sum<false>(v, size, top, prefetch);
     p.row_max[i] = top;
-    p.row_logsum[i] = static_cast<A>(__builtin_log(sum));
-    p.row_loss[i] = mass * p.row_logsum[i] - expected;
+    p.row_logsum[i] = dense ? log_of(sum) : sum;  // the logarithm waits for finish_rows
+    p.row_loss[i] = dense ? mass * p.row_logsum[i] - expected : expected;
     if (p.grad == nullptr) continue;
 
     const A c = (p.sample_weight == nullptr ? 1 : p.sample_weight[i]) * p.inverse_normalizer;
@@ -324,15 +402,17 @@ void forward(const MarginSoftmaxArgs<A>& p, int64_t begin, int64_t end, A* scrat
       store_gradient(p, i, v, coefficient, y, v[y] * coefficient - c * mass);
     }
   }
+  if (!dense) finish_rows(p, begin, end);
 }
 
-// G of row i in `v`, exactly 0 in masked and padded entries; `t` is scratch. False for an ignored row.
+// G of row i in `v`, exactly 0 in masked and padded entries; `t` is scratch. False for an ignored row. `next` is the
+// row whose turn it is after this one.
 template <typename A>
-bool row_gradient(const MarginSoftmaxArgs<A>& p, int64_t i, A* v, A* t) {
+bool row_gradient(const MarginSoftmaxArgs<A>& p, int64_t i, int64_t next, A* v, A* t) {
   if (p.index != nullptr && p.index[i] == p.ignore_index) return false;
   const int64_t size = padded<A>(p.classes);
   load_row(p, i, v, t);
-  softmax_from(v, size, p.row_max[i], p.row_logsum[i]);
+  softmax_from(v, size, p.row_max[i], p.row_logsum[i], prefetch_of(p, i, next));
   const A u = p.sample_weight == nullptr ? 1 : p.sample_weight[i];
   const A c = p.grad_loss[i * p.grad_loss_stride] * u * p.inverse_normalizer;
   const A e = p.grad_lse == nullptr ? 0 : p.grad_lse[i];
@@ -373,7 +453,7 @@ void backward(const MarginSoftmaxArgs<A>& p, int64_t begin, int64_t end, A* scra
   A* v = scratch;
   A* t = scratch + padded<A>(p.classes);
   for (int64_t i = begin; i < end; ++i) {
-    if (!row_gradient(p, i, v, t)) {
+    if (!row_gradient(p, i, i + 1 < end ? i + 1 : i, v, t)) {
       if (p.grad != nullptr) zero_gradient(p, i);
       continue;
     }
@@ -387,7 +467,7 @@ void pairwise(const MarginSoftmaxArgs<A>& p, const int64_t* order, int64_t begin
   A* v = scratch;
   A* t = scratch + padded<A>(p.classes);
   for (int64_t n = begin; n < end; ++n) {
-    if (!row_gradient(p, order[n], v, t)) continue;
+    if (!row_gradient(p, order[n], order[n + 1 < end ? n + 1 : n], v, t)) continue;
     A* out = grad + p.index[order[n]] * p.classes;
     for (int64_t j = 0; j < p.classes; ++j) out[j] += v[j];
   }

@@ -6,7 +6,7 @@
 
 #include <cstdint>
 #include <cstring>
-#if defined(__F16C__)
+#if defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
@@ -29,6 +29,7 @@ struct Simd;
 template <>
 struct Simd<float> {
   static constexpr int kLanes = kVectorBytes / 4;
+  typedef int32_t Lane;
   typedef float Vector __attribute__((vector_size(kVectorBytes)));
   typedef int32_t Int __attribute__((vector_size(kVectorBytes)));
   typedef uint32_t Bits __attribute__((vector_size(kVectorBytes)));
@@ -37,6 +38,7 @@ struct Simd<float> {
 template <>
 struct Simd<double> {
   static constexpr int kLanes = kVectorBytes / 8;
+  typedef int64_t Lane;
   typedef double Vector __attribute__((vector_size(kVectorBytes)));
   typedef int64_t Int __attribute__((vector_size(kVectorBytes)));
 };
@@ -63,24 +65,66 @@ LTK_INLINE Vec<A> broadcast(A x) {
   return x - Vec<A>{};
 }
 
-// The larger of each lane; a NaN in `a` gives b.
+// The larger of each lane; a NaN in either gives b.
 template <typename V>
 LTK_INLINE V larger(V a, V b) {
   return a > b ? a : b;
 }
 
+// Of constants GCC makes a comparison and a blend.
+#if defined(__AVX512F__)
+LTK_INLINE Vec<float> larger(Vec<float> a, Vec<float> b) { return Vec<float>(_mm512_max_ps(__m512(a), __m512(b))); }
+#elif defined(__AVX2__)
+LTK_INLINE Vec<float> larger(Vec<float> a, Vec<float> b) { return Vec<float>(_mm256_max_ps(__m256(a), __m256(b))); }
+#endif
+
+// 0, 1, 2, ... and, as an index of shuffles, lanes of that number.
+template <typename A>
+LTK_INLINE typename Simd<A>::Int lane_numbers() {
+  typename Simd<A>::Int lanes;
+  for (int k = 0; k < Simd<A>::kLanes; ++k) lanes[k] = k;
+  return lanes;
+}
+
+// Lane k of the result is lane index[k] of `low`, or lane index[k] - kLanes of `high`.
+template <typename A>
+LTK_INLINE Vec<A> shuffle(Vec<A> low, Vec<A> high, typename Simd<A>::Int index) {
+#if defined(__clang__)
+  constexpr int W = Simd<A>::kLanes;
+  Vec<A> result;
+  for (int k = 0; k < W; ++k) result[k] = index[k] < W ? low[index[k]] : high[index[k] - W];
+  return result;
+#else
+  return __builtin_shuffle(low, high, index);
+#endif
+}
+
+template <typename A>
+LTK_INLINE Vec<A> shuffle(Vec<A> v, typename Simd<A>::Int index) {
+#if defined(__clang__)
+  Vec<A> result;
+  for (int k = 0; k < Simd<A>::kLanes; ++k) result[k] = v[index[k]];
+  return result;
+#else
+  return __builtin_shuffle(v, index);
+#endif
+}
+
+// Adds (takes the maximum of) lanes in halves: as many steps as the logarithm of their number.
 template <typename A>
 LTK_INLINE A lane_sum(Vec<A> v) {
-  A sum = 0;
-  for (int k = 0; k < Simd<A>::kLanes; ++k) sum += v[k];
-  return sum;
+  const auto lanes = lane_numbers<A>();
+#pragma GCC unroll 8
+  for (int half = Simd<A>::kLanes / 2; half > 0; half /= 2) v += shuffle<A>(v, lanes ^ half);
+  return v[0];
 }
 
 template <typename A>
 LTK_INLINE A lane_max(Vec<A> v) {
-  A top = v[0];
-  for (int k = 1; k < Simd<A>::kLanes; ++k) top = v[k] > top ? v[k] : top;
-  return top;
+  const auto lanes = lane_numbers<A>();
+#pragma GCC unroll 8
+  for (int half = Simd<A>::kLanes / 2; half > 0; half /= 2) v = larger(v, shuffle<A>(v, lanes ^ half));
+  return v[0];
 }
 
 // exp for x <= 0 and NaN, within 1 ulp; below -87.68 the result, less than the smallest normal number, is 0.

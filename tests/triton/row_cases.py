@@ -223,6 +223,27 @@ def all_rows_ignored() -> None:
 
 
 @case
+def ignored_rows_may_hold_anything() -> None:
+    for options in EVERY_TARGET:
+        for value in (NAN, INF, -INF):
+            problem = example(weight=torch.linspace(0.5, 2, 37), logit_scale=torch.ones(37), **options)
+            problem.target[1] = -100
+            problem.logits[1] = value
+            for wanted in (("logits",), ("logits", "logit_scale")):
+                got = check(Problem(problem.logits, problem.target, problem.options, wanted))
+                assert not got["dlogits"][1].any()
+
+
+@case
+def minus_infinity_gives_logit_scale_no_gradient() -> None:
+    for logit_scale in (torch.ones(37), torch.ones(())):
+        problem = example(logit_scale=logit_scale)
+        problem.target[:] = 5
+        problem.logits[:, 7:9] = -INF
+        check(Problem(problem.logits, problem.target, problem.options, ("logits", "logit_scale")))
+
+
+@case
 def minus_infinity_without_a_mask() -> None:
     problem = example(reduction="none")
     problem.target[:] = 5

@@ -1,0 +1,35 @@
+// Uninitialised tensors that a CPU kernel is about to fill.
+#pragma once
+
+#include <ATen/EmptyTensor.h>
+#include <ATen/core/Tensor.h>
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+#include <cstdint>
+
+namespace ltkernels {
+
+// at::empty without the dispatcher, whose trip costs as much as a small kernel's row.
+inline at::Tensor empty_tensor(at::IntArrayRef sizes, at::ScalarType type) {
+  return at::Tensor(at::detail::empty_cpu(sizes, type));
+}
+
+// A contiguous (rows, classes) gradient, written once, front to back. Large ones come straight from the system, where
+// the first write to each 4 KiB page is a fault that costs more than the kernel's own work on it: ask for huge pages.
+inline at::Tensor empty_gradient(int64_t rows, int64_t classes, at::ScalarType type) {
+  at::Tensor grad = empty_tensor({rows, classes}, type);
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr uintptr_t kHugePage = uintptr_t(2) << 20;
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(grad.mutable_data_ptr());
+  const uintptr_t first = (begin + kHugePage - 1) / kHugePage * kHugePage;
+  const uintptr_t last = (begin + grad.nbytes()) / kHugePage * kHugePage;
+  if (last >= first + 2 * kHugePage) {
+    madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // advice: failure changes nothing
+  }
+#endif
+  return grad;
+}
+
+}  // namespace ltkernels

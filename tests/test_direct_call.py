@@ -1,0 +1,158 @@
+"""The direct call of the operator: the same answers as torch.ops' generic call, which takes over where it must."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import ltkernels.functional as LF
+from ltkernels import _ops
+
+pytestmark = pytest.mark.skipif(_ops.BACKEND == "reference", reason="the definition makes no operator call")
+
+REST = (None,) * 7
+NUMBERS = (1.0, 1, -100, 0.0, False)
+
+
+def example() -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.randn(6, 5, generator=torch.Generator().manual_seed(0)), torch.arange(6) % 5
+
+
+def generic(*arguments: object) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.ops.ltkernels.margin_softmax.default(*arguments)
+
+
+@pytest.mark.parametrize("return_lse", [False, True])
+@pytest.mark.parametrize("reduction", [0, 1, 2])
+def test_same_as_generic(reduction: int, return_lse: bool) -> None:
+    logits, target = example()
+    optional = (torch.rand(5), torch.rand(5), torch.rand(5), torch.rand(5), torch.rand(5, 5), torch.rand(6, 5) > 0.2)
+    arguments = (logits, target, *optional, torch.rand(6), 2.0, reduction, 3, 0.1, return_lse)
+    for ours, theirs in zip(_ops.margin_softmax_direct(*arguments), generic(*arguments), strict=True):
+        assert torch.equal(ours, theirs) and ours.dtype == theirs.dtype
+
+
+def test_each_optional_argument_reaches_its_place() -> None:
+    logits, target = example()
+    shapes = ((5,), (5,), (5,), (5,), (5, 5), None, (6,))
+    for position, shape in enumerate(shapes):
+        value = torch.tensor([True, True, False, True, True]) if shape is None else torch.rand(shape)
+        optional = [None] * 7
+        optional[position] = value
+        arguments = (logits, target, *optional, 1.5, 0, -100, 0.25, True)
+        ours, theirs = _ops.margin_softmax_direct(*arguments), generic(*arguments)
+        assert torch.equal(ours[0], theirs[0]) and torch.equal(ours[1], theirs[1])
+
+
+@pytest.mark.parametrize(
+    ("position", "value"),
+    [(0, 3.0), (0, None), (1, [1]), (2, "w"), (9, "1"), (9, None), (10, 1.5), (11, 2**70), (12, None)],
+)
+def test_wrong_types_raise_what_the_generic_call_raises(position: int, value: object) -> None:
+    arguments = [*example(), *REST, *NUMBERS]
+    arguments[position] = value
+    with pytest.raises((RuntimeError, TypeError)) as theirs:
+        generic(*arguments)
+    with pytest.raises(type(theirs.value)) as ours:
+        _ops.margin_softmax_direct(*arguments)
+    assert str(ours.value) == str(theirs.value)
+
+
+@pytest.mark.parametrize("count", [0, 1, 13, 15])
+def test_wrong_number_of_arguments(count: int) -> None:
+    arguments = (*example(), *REST, *NUMBERS, False)[:count]
+    with pytest.raises(RuntimeError):
+        _ops.margin_softmax_direct(*arguments)
+
+
+def test_numbers_of_other_types() -> None:
+    logits, target = example()
+    expected = generic(logits, target, *REST, *NUMBERS)[0]
+    assert torch.equal(_ops.margin_softmax_direct(logits, target, *REST, 1, True, -100, 0, 0)[0], expected)
+
+
+def test_no_reference_is_leaked() -> None:
+    import sys
+
+    logits, target = example()
+    arguments = (logits, target, *REST, *NUMBERS)
+    _ops.margin_softmax_direct(*arguments)
+    before = [sys.getrefcount(x) for x in (logits, target, None)]
+    for _ in range(1000):
+        loss, lse = _ops.margin_softmax_direct(*arguments)
+        assert sys.getrefcount(loss) == 2 and sys.getrefcount(lse) == 2
+    after = [sys.getrefcount(x) for x in (logits, target, None)]
+    assert before[:2] == after[:2] and abs(before[2] - after[2]) < 100
+
+
+class Recorded(torch.Tensor):
+    """A subclass that sees the calls it takes part in."""
+
+    seen: list = []
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        cls.seen.append(func)
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+@pytest.mark.parametrize("position", [0, 1, 4])
+def test_tensor_subclasses(position: int) -> None:
+    Recorded.seen.clear()
+    logits, target = example()
+    arguments = [logits, target, *REST, *NUMBERS]
+    arguments[4] = torch.rand(5)
+    expected = generic(*arguments)[0]
+    arguments[position] = arguments[position].as_subclass(Recorded)
+    loss, _ = _ops.margin_softmax_direct(*arguments)
+    assert _ops.margin_softmax in Recorded.seen
+    assert isinstance(loss, Recorded) and torch.equal(loss.as_subclass(torch.Tensor), expected)
+
+
+def test_parameter_is_plain() -> None:
+    logits, target = example()
+    logits = torch.nn.Parameter(logits)
+    LF.margin_cross_entropy(logits, target).backward()
+    assert logits.grad is not None
+
+
+def test_torch_function_mode() -> None:
+    class Mode(TorchFunctionMode):
+        def __init__(self) -> None:
+            super().__init__()
+            self.seen: list = []
+
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            self.seen.append(func)
+            return func(*args, **(kwargs or {}))
+
+    with Mode() as mode:
+        LF.margin_cross_entropy(*example())
+    assert _ops.margin_softmax in mode.seen
+
+
+def test_torch_dispatch_mode() -> None:
+    class Mode(TorchDispatchMode):
+        def __init__(self) -> None:
+            super().__init__()
+            self.seen: list = []
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.seen.append(func)
+            return func(*args, **(kwargs or {}))
+
+    with Mode() as mode:
+        LF.margin_cross_entropy(*example())
+    assert torch.ops.ltkernels.margin_softmax_fwd.default in mode.seen
+
+
+def test_errors_keep_their_type() -> None:
+    logits, target = example()
+    with pytest.raises(IndexError, match="target: expected class indices in"):
+        LF.margin_cross_entropy(logits, target + 1)
+    with pytest.raises(ValueError, match="logit_bias: expected shape"):
+        LF.margin_cross_entropy(logits, target, logit_bias=torch.rand(4))
+    with pytest.raises(TypeError, match="mask: expected dtype bool"):
+        LF.margin_cross_entropy(logits, target, mask=torch.ones(5))
