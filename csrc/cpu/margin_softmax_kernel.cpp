@@ -224,8 +224,9 @@ LTK_INLINE void softmax_from(A* v, int64_t size, A shift, A logsum, Prefetch pre
 
 // ---------------------------------------------------------------------------------------------------- sweep 3: store
 
+// out = g * k * scaled. `finite`: neither is g NaN nor k NaN or infinite.
 template <typename A, typename T>
-LTK_INLINE void store_scaled(const A* g, A k, const A* scaled, int64_t C, T* out) {
+LTK_INLINE void store_scaled(const A* g, A k, bool finite, const A* scaled, int64_t C, T* out) {
   constexpr int64_t W = Simd<A>::kLanes;
   if (C < W) {
     for (int64_t j = 0; j < C; ++j) out[j] = narrow<T>(scaled == nullptr ? g[j] * k : g[j] * k * scaled[j]);
@@ -234,6 +235,9 @@ LTK_INLINE void store_scaled(const A* g, A k, const A* scaled, int64_t C, T* out
   auto scale = [&](Vec<A> x, int64_t j)
                    __attribute__((always_inline)) { return scaled == nullptr ? x * k : x * k * load(scaled + j); };
   int64_t j = 0;
+  if (finite) {
+    for (; j + 2 * W <= C; j += 2 * W) store_pair(out + j, scale(load(g + j), j), scale(load(g + j + W), j + W));
+  }
   for (; j + W <= C; j += W) store(out + j, scale(load(g + j), j));
   if (j < C) {
     // The last vector of `out`, in part for the second time, from two aligned loads: an unaligned one would wait for
@@ -246,14 +250,13 @@ LTK_INLINE void store_scaled(const A* g, A k, const A* scaled, int64_t C, T* out
 // grad[i, :] = coefficient * s * a * g, then the target's entry if `y` >= 0, then exact zeros where masked.
 template <typename A, typename T>
 LTK_INLINE void store_gradient_as(
-    const MarginSoftmaxArgs<A>& p, int64_t i, const A* g, A coefficient, int64_t y, A at_target) {
+    const MarginSoftmaxArgs<A>& p, int64_t i, const A* g, A coefficient, bool finite, int64_t y, A at_target) {
   T* out = static_cast<T*>(p.grad) + i * p.classes;
-  store_scaled(g, p.scaled == nullptr ? coefficient * p.scale : coefficient, p.scaled, p.classes, out);
+  store_scaled(g, p.scaled == nullptr ? coefficient * p.scale : coefficient, finite, p.scaled, p.classes, out);
   if (y >= 0) out[y] = narrow<T>(at_target * (p.scaled == nullptr ? p.scale : p.scaled[y]));
   if (const bool* mask = mask_row(p, i)) {
-    const bool finite = coefficient - coefficient == 0;  // otherwise 0 * coefficient is NaN
     if (y >= 0 && !mask[y]) out[y] = narrow<T>(A(0));
-    for (int64_t j = 0; !finite && j < p.classes; ++j) {
+    for (int64_t j = 0; !finite && j < p.classes; ++j) {  // 0 * coefficient may be NaN
       if (!mask[j]) out[j] = narrow<T>(A(0));
     }
   }
@@ -261,14 +264,14 @@ LTK_INLINE void store_gradient_as(
 
 template <typename A>
 LTK_INLINE void store_gradient(
-    const MarginSoftmaxArgs<A>& p, int64_t i, const A* g, A coefficient, int64_t y, A at_target) {
+    const MarginSoftmaxArgs<A>& p, int64_t i, const A* g, A coefficient, bool finite, int64_t y, A at_target) {
   if constexpr (sizeof(A) == 8) {
-    store_gradient_as<A, double>(p, i, g, coefficient, y, at_target);
+    store_gradient_as<A, double>(p, i, g, coefficient, finite, y, at_target);
   } else {
     switch (p.logits_type) {
-      case ElementType::kBFloat16: return store_gradient_as<A, BFloat16>(p, i, g, coefficient, y, at_target);
-      case ElementType::kHalf: return store_gradient_as<A, Half>(p, i, g, coefficient, y, at_target);
-      default: return store_gradient_as<A, float>(p, i, g, coefficient, y, at_target);
+      case ElementType::kBFloat16: return store_gradient_as<A, BFloat16>(p, i, g, coefficient, finite, y, at_target);
+      case ElementType::kHalf: return store_gradient_as<A, Half>(p, i, g, coefficient, finite, y, at_target);
+      default: return store_gradient_as<A, float>(p, i, g, coefficient, finite, y, at_target);
     }
   }
 }
@@ -397,9 +400,11 @@ void forward(const MarginSoftmaxArgs<A>& p, int64_t begin, int64_t end, A* scrat
     if (dense) {
       for (int64_t j = 0; j < size; ++j) v[j] = v[j] * coefficient - c * t[j];
       zero_removed(p, i, v);
-      store_gradient(p, i, v, A(1), y, A(0));
+      store_gradient(p, i, v, A(1), /*finite=*/false, y, A(0));
     } else {
-      store_gradient(p, i, v, coefficient, y, v[y] * coefficient - c * mass);
+      // A finite coefficient has a finite sum, which has no NaN among its terms.
+      const bool finite = (coefficient - coefficient) * p.scale == 0;
+      store_gradient(p, i, v, coefficient, finite, y, v[y] * coefficient - c * mass);
     }
   }
   if (!dense) finish_rows(p, begin, end);
@@ -457,7 +462,7 @@ void backward(const MarginSoftmaxArgs<A>& p, int64_t begin, int64_t end, A* scra
       if (p.grad != nullptr) zero_gradient(p, i);
       continue;
     }
-    if (p.grad != nullptr) store_gradient(p, i, v, A(1), int64_t(-1), A(0));
+    if (p.grad != nullptr) store_gradient(p, i, v, A(1), /*finite=*/false, int64_t(-1), A(0));
     if (class_grad != nullptr) add_class_gradients(p, i, v, t, class_grad);
   }
 }
