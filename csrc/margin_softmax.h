@@ -1,6 +1,7 @@
 // Parameters of the row operation: margin-adjusted softmax cross-entropy over rows of logits.
 //
-//   v[j]  = s * (a[j] * f[j] - m[j] * t[j]) + b[j] + Delta[y, j]          (-inf where mask[j] is false)
+//   v[j]  = s * (a[j] * f[j] - m[j] * t[j]) + b[j] + Delta[y, j] + log(lambda) [j in S(y)]
+//           (-inf where mask[j] is false, and in S(y) if lambda = 0: such t'[j] are 0)
 //   t'[j] = w[j] * ((1 - eps) * t[j] + eps / |allowed|)                    T = sum_j t'[j]
 //   r     = T * logsumexp_j v[j] - sum_j t'[j] * v[j]                      loss = u * r
 //   G[j]  = (c * T + e) * softmax_j(v) - c * t'[j]                         dloss/df[j] = s * a[j] * G[j]
@@ -40,7 +41,16 @@ struct MarginSoftmaxArgs {
   const bool* mask = nullptr;            // (classes,) or (rows, classes)
   int64_t mask_stride = 0;               // 0 for one mask for all rows
   acc_t smoothing = 0;                   // eps
-  acc_t inverse_normalizer = 1;          // 1/Z under a mean
+
+  // Silenced classes S of a row of class y: neighbor_classes[neighbor_offsets[y] .. neighbor_offsets[y + 1]) and, if
+  // y >= back_from, all others from back_from on. Their classes are in row_class, or in index where that is null.
+  const int64_t* row_class = nullptr;         // (rows,)
+  const int32_t* neighbor_offsets = nullptr;  // (classes + 1,)
+  const int32_t* neighbor_classes = nullptr;
+  int64_t back_from = INT64_MAX;
+  acc_t log_neighbor_weight = 0;  // log(lambda), -inf for 0
+
+  acc_t inverse_normalizer = 1;  // 1/Z under a mean
 
   // Forward: statistics of each row, all 0 for an ignored row.
   acc_t* row_max = nullptr;     // (rows,) M = max_j v[j]

@@ -94,6 +94,46 @@ void check_mask(const OptionalTensor& mask, const at::Tensor& logits) {
       "mask: expected shape (", classes, ",) or (", rows, ", ", classes, "), got ", mask->sym_sizes());
 }
 
+void check_class_numbers(const char* name, const at::Tensor& x, const at::Tensor& logits) {
+  TORCH_CHECK_TYPE(x.scalar_type() == at::kInt, name, ": expected dtype int32, got ", x.scalar_type());
+  check_device(name, x, logits);
+}
+
+void check_neighbors(LTK_MARGIN_TENSOR_PARAMETERS) {
+  TORCH_CHECK_VALUE(
+      neighbor_offsets.has_value() == neighbor_classes.has_value(),
+      "neighbor_offsets, neighbor_classes: expected both or neither");
+  if (row_class.has_value()) {
+    check_device("row_class", *row_class, logits);
+    TORCH_CHECK_TYPE(
+        at::isIntegralType(row_class->scalar_type(), /*includeBool=*/false),
+        "row_class: expected an integer dtype, got ", row_class->scalar_type());
+    TORCH_CHECK_VALUE(
+        row_class->dim() == 1 && row_class->sym_size(0) == logits.sym_size(0), "row_class: expected shape (",
+        logits.sym_size(0), ",) for logits of shape ", logits.sym_sizes(), ", got ", row_class->sym_sizes());
+    TORCH_CHECK_VALUE(
+        neighbor_offsets.has_value() && target.is_floating_point(),
+        "row_class: expected with neighbors and probabilities as target only; class indices pick their own neighbors");
+  }
+  if (!neighbor_offsets.has_value()) return;
+  check_class_numbers("neighbor_offsets", *neighbor_offsets, logits);
+  check_class_numbers("neighbor_classes", *neighbor_classes, logits);
+  TORCH_CHECK_VALUE(
+      neighbor_offsets->dim() == 1 && neighbor_offsets->sym_size(0) == logits.sym_size(1) + 1,
+      "neighbors: expected a map of the ", logits.sym_size(1), " classes of the logits, got one of ",
+      neighbor_offsets->sym_numel() - 1);
+  TORCH_CHECK_VALUE(
+      neighbor_classes->dim() == 1, "neighbor_classes: expected a vector, got shape ", neighbor_classes->sym_sizes());
+  TORCH_CHECK_VALUE(
+      !target.is_floating_point() || row_class.has_value(),
+      "row_class: expected with probabilities as target: the class of each row, which picks its neighbors");
+  TORCH_CHECK_VALUE(
+      neighbor_weight >= 0 && neighbor_weight <= 1, "neighbor_weight: expected a number in [0, 1], got ",
+      neighbor_weight);
+  TORCH_CHECK_VALUE(
+      back_from < 0 || neighbor_weight == 0, "mode 'back': expected neighbor_weight=0, got ", neighbor_weight);
+}
+
 }  // namespace
 
 void check_margin_softmax(LTK_MARGIN_TENSOR_PARAMETERS, int64_t ignore_index, double label_smoothing) {
@@ -106,6 +146,7 @@ void check_margin_softmax(LTK_MARGIN_TENSOR_PARAMETERS, int64_t ignore_index, do
   check_vector("sample_weight", sample_weight, logits, 0, false);
   check_pairwise(pairwise_margin, logits);
   check_mask(mask, logits);
+  check_neighbors(LTK_MARGIN_TENSOR_ARGUMENTS);
   TORCH_CHECK_VALUE(std::isfinite(scale) && scale > 0, "scale: expected a finite number above 0, got ", scale);
   TORCH_CHECK_VALUE(
       label_smoothing >= 0 && label_smoothing <= 1, "label_smoothing: expected a number in [0, 1], got ",

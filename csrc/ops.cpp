@@ -44,7 +44,8 @@ TORCH_LIBRARY(ltkernels, m) {
   m.def("margin_softmax_scale_(Tensor(a!) grad, Tensor grad_output) -> ()", {at::Tag::pt2_compliant_tag});
   m.def(
       "margin_softmax_check(Tensor logits, Tensor target, Tensor? weight, Tensor? logit_scale, Tensor? logit_bias, "
-      "Tensor? target_margin, Tensor? pairwise_margin, Tensor? mask, Tensor? sample_weight, float scale, "
+      "Tensor? target_margin, Tensor? pairwise_margin, Tensor? mask, Tensor? sample_weight, Tensor? row_class, "
+      "Tensor? neighbor_offsets, Tensor? neighbor_classes, float scale, float neighbor_weight, int back_from, "
       "int ignore_index, float label_smoothing) -> ()");
 }
 
@@ -86,12 +87,14 @@ OptionalTensor unpack_optional(const SavedVariable& saved) {
 // What a gradient is recomputed from.
 struct UnpackedArguments {
   Tensor logits, target, stats, loss;
-  OptionalTensor weight, logit_scale, logit_bias, target_margin, pairwise_margin, mask, sample_weight;
+  OptionalTensor weight, logit_scale, logit_bias, target_margin, pairwise_margin, mask, sample_weight, row_class,
+      neighbor_offsets, neighbor_classes;
 };
 
 struct SavedArguments {
   SavedVariable logits, target, stats, loss;
-  SavedVariable weight, logit_scale, logit_bias, target_margin, pairwise_margin, mask, sample_weight;
+  SavedVariable weight, logit_scale, logit_bias, target_margin, pairwise_margin, mask, sample_weight, row_class,
+      neighbor_offsets, neighbor_classes;
 
   SavedArguments(LTK_MARGIN_TENSOR_PARAMETERS, const Tensor& stats, const Tensor& loss)
       : logits(logits, false),
@@ -104,7 +107,10 @@ struct SavedArguments {
         target_margin(value_or_undefined(target_margin), false),
         pairwise_margin(value_or_undefined(pairwise_margin), false),
         mask(value_or_undefined(mask), false),
-        sample_weight(value_or_undefined(sample_weight), false) {}
+        sample_weight(value_or_undefined(sample_weight), false),
+        row_class(value_or_undefined(row_class), false),
+        neighbor_offsets(value_or_undefined(neighbor_offsets), false),
+        neighbor_classes(value_or_undefined(neighbor_classes), false) {}
 
   // Once a backward pass: hooks may recompute what they unpack, and torch.utils.checkpoint forbids a second time.
   UnpackedArguments unpack() const {
@@ -119,7 +125,10 @@ struct SavedArguments {
         .target_margin = unpack_optional(target_margin),
         .pairwise_margin = unpack_optional(pairwise_margin),
         .mask = unpack_optional(mask),
-        .sample_weight = unpack_optional(sample_weight)};
+        .sample_weight = unpack_optional(sample_weight),
+        .row_class = unpack_optional(row_class),
+        .neighbor_offsets = unpack_optional(neighbor_offsets),
+        .neighbor_classes = unpack_optional(neighbor_classes)};
   }
 };
 
@@ -133,8 +142,8 @@ struct MarginSoftmaxBackward : public torch::autograd::Node {
 
   std::optional<SavedArguments> saved_;  // unless the gradient to the logits is all there is
   SavedVariable grad_;                   // if precomputed_
-  double scale_ = 1, label_smoothing_ = 0;
-  int64_t reduction_ = kMean, ignore_index_ = -100;
+  double scale_ = 1, neighbor_weight_ = 1, label_smoothing_ = 0;
+  int64_t back_from_ = 0, reduction_ = kMean, ignore_index_ = -100;
   bool precomputed_ = false;
 
   std::string name() const override { return "MarginSoftmaxBackward"; }
@@ -201,8 +210,9 @@ struct MarginSoftmaxBackward : public torch::autograd::Node {
     const Tensor grad_loss = upstream.defined() ? upstream : at::zeros_symint({}, saved.stats.options());
     const auto [grad_logits, grad_class, grad_pairwise] = call_bwd(
         grad_loss, upstream_lse, saved.stats, saved.logits, saved.target, saved.weight, saved.logit_scale,
-        saved.logit_bias, saved.target_margin, saved.pairwise_margin, saved.mask, saved.sample_weight, scale_,
-        reduction_, ignore_index_, label_smoothing_, wanted);
+        saved.logit_bias, saved.target_margin, saved.pairwise_margin, saved.mask, saved.sample_weight, saved.row_class,
+        saved.neighbor_offsets, saved.neighbor_classes, scale_, neighbor_weight_, back_from_, reduction_, ignore_index_,
+        label_smoothing_, wanted);
     if (wanted & kGradLogits) grads[kLogits] = grad_logits;
     if (task_should_compute_output(kLogitScale)) {
       const Tensor da = grad_class.select(0, 0);
@@ -285,13 +295,16 @@ std::tuple<Tensor, Tensor> margin_softmax_autograd(LTK_MARGIN_PARAMETERS, bool r
   const bool u_requires_grad = requires_grad(sample_weight);
   if (!precompute || u_requires_grad) {
     node->scale_ = scale;
+    node->neighbor_weight_ = neighbor_weight;
+    node->back_from_ = back_from;
     node->reduction_ = reduction;
     node->ignore_index_ = ignore_index;
     node->label_smoothing_ = label_smoothing;
     // The logits may be modified after a precomputed gradient: do not hold on to them.
     node->saved_.emplace(
         precompute ? Tensor() : logits, target, weight, logit_scale, logit_bias, target_margin, pairwise_margin, mask,
-        sample_weight, scale, stats, u_requires_grad && reduction == kMean ? loss.detach() : Tensor());
+        sample_weight, row_class, neighbor_offsets, neighbor_classes, scale, neighbor_weight, back_from, stats,
+        u_requires_grad && reduction == kMean ? loss.detach() : Tensor());
   }
   Tensor lse;
   {

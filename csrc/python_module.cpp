@@ -28,8 +28,10 @@ PyObject* margin_softmax(PyObject* overload, PyObject* const* values, Py_ssize_t
   const OptionalTensor weight = next.optional_tensor(), logit_scale = next.optional_tensor(),
                        logit_bias = next.optional_tensor(), target_margin = next.optional_tensor(),
                        pairwise_margin = next.optional_tensor(), mask = next.optional_tensor(),
-                       sample_weight = next.optional_tensor();
-  const double scale = next.real();
+                       sample_weight = next.optional_tensor(), row_class = next.optional_tensor(),
+                       neighbor_offsets = next.optional_tensor(), neighbor_classes = next.optional_tensor();
+  const double scale = next.real(), neighbor_weight = next.real();
+  const int64_t back_from = next.integer();
   const int64_t reduction = next.integer(), ignore_index = next.integer();
   const double label_smoothing = next.real();
   const bool return_lse = next.boolean();

@@ -56,8 +56,9 @@ def _accumulation_dtype(logits: Tensor) -> torch.dtype:
 
 @torch.library.register_fake("ltkernels::margin_softmax_fwd")
 def _(
-    logits, target, weight, logit_scale, logit_bias, target_margin, pairwise_margin, mask, sample_weight, scale,
-    reduction, ignore_index, label_smoothing, with_grad,
+    logits, target, weight, logit_scale, logit_bias, target_margin, pairwise_margin, mask, sample_weight, row_class,
+    neighbor_offsets, neighbor_classes, scale, neighbor_weight, back_from, reduction, ignore_index, label_smoothing,
+    with_grad,
 ):  # fmt: skip
     rows, classes = logits.shape
     acc = _accumulation_dtype(logits)
@@ -69,7 +70,8 @@ def _(
 @torch.library.register_fake("ltkernels::margin_softmax_bwd")
 def _(
     grad_loss, grad_lse, stats, logits, target, weight, logit_scale, logit_bias, target_margin, pairwise_margin, mask,
-    sample_weight, scale, reduction, ignore_index, label_smoothing, grads,
+    sample_weight, row_class, neighbor_offsets, neighbor_classes, scale, neighbor_weight, back_from, reduction,
+    ignore_index, label_smoothing, grads,
 ):  # fmt: skip
     rows, classes = logits.shape
     acc = _accumulation_dtype(logits)

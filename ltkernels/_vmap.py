@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 _NONE, _MEAN = 0, 1
-_LOGITS, _TARGET, _WEIGHT, _MASK, _SAMPLE_WEIGHT = 0, 1, 2, 7, 8
-_ROW_ARGUMENTS = (_LOGITS, _TARGET, _MASK, _SAMPLE_WEIGHT)  # one entry a row; the other tensors are per class
-_REDUCTION, _IGNORE_INDEX = 10, 11  # positions in the arguments that all operators share
+_LOGITS, _TARGET, _WEIGHT, _MASK, _SAMPLE_WEIGHT, _ROW_CLASS = 0, 1, 2, 7, 8, 9
+_ROW_ARGUMENTS = (_LOGITS, _TARGET, _MASK, _SAMPLE_WEIGHT, _ROW_CLASS)  # an entry a row; other tensors are per class
+_REDUCTION, _IGNORE_INDEX = 15, 16  # positions in the arguments that all operators share
 
 _ops = torch.ops.ltkernels
 
@@ -52,6 +52,8 @@ def _fold(info, in_dims: tuple, args: tuple) -> tuple[list, int, Tensor]:
         if in_dims[_MASK] is not None or mask.dim() == 3:
             mask = mask.unsqueeze(1).expand(batch, rows, classes) if mask.dim() == 2 else mask
             args[_MASK] = mask.reshape(batch * rows, classes)
+    if args[_ROW_CLASS] is not None:
+        args[_ROW_CLASS] = batched(_ROW_CLASS).reshape(batch * rows)
     args[_SAMPLE_WEIGHT] = share.reshape(-1)
     args[_REDUCTION] = _NONE
     return args, rows, share

@@ -10,11 +10,10 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from ltkernels import _ops, reference
+from ltkernels._rows import margin_softmax
+from ltkernels.neighbors import NeighborMap
 
-__all__ = ["margin_cross_entropy"]
-
-_REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
+__all__ = ["auxiliary_cross_entropy", "auxiliary_predict", "margin_cross_entropy", "mask_auxiliary"]
 
 
 def margin_cross_entropy(
@@ -94,150 +93,135 @@ def margin_cross_entropy(
         >>> loss = LF.margin_cross_entropy(logits, target, logit_bias=counts.log())  # balanced softmax
         >>> loss.backward()
     """
-    reduction_code = _REDUCTIONS.get(reduction) if isinstance(reduction, str) else None
-    if reduction_code is None:
-        raise ValueError(f"reduction: expected 'none', 'mean' or 'sum', got {reduction!r}")
-    if not isinstance(input, Tensor) or not isinstance(target, Tensor):
-        name, value = ("target", target) if isinstance(input, Tensor) else ("input", input)
-        raise TypeError(f"{name}: expected a Tensor, got {type(value).__name__}")
-    if isinstance(scale, Tensor):
-        logit_scale, target_margin = _fold_scale(scale, logit_scale, target_margin, input)
-        scale = 1.0
-
-    shape = None
-    if input.dim() != 2:
-        _check_types(weight, logit_scale, logit_bias, target_margin, pairwise_margin, mask, sample_weight)
-        shape = (*input.shape[:1], *input.shape[2:]) if input.dim() > 1 else ()
-        input, target, mask, sample_weight = _as_rows(input, target, mask, sample_weight)
-
-    try:
-        if _ops.uses_kernel(input):
-            call = _ops.margin_softmax if is_compiling() else _ops.margin_softmax_direct
-            loss, lse = call(
-                input, target, weight, logit_scale, logit_bias, target_margin, pairwise_margin, mask, sample_weight,
-                scale, reduction_code, ignore_index, label_smoothing, return_lse,
-            )  # fmt: skip
-        else:
-            arguments = (
-                input, target, weight, logit_scale, logit_bias, target_margin, pairwise_margin, mask, sample_weight,
-                scale,
-            )  # fmt: skip
-            _ops.margin_softmax_check(*arguments, ignore_index, label_smoothing)
-            _check_values(*arguments[:2], *arguments[3:7], ignore_index)
-            loss, lse = reference.margin_softmax(*arguments, reduction, ignore_index, label_smoothing)
-    except RuntimeError:
-        # The dispatcher's answer to a wrong Python type; checked after the fact, as it would cost every call.
-        _check_types(weight, logit_scale, logit_bias, target_margin, pairwise_margin, mask, sample_weight)
-        _check_numbers(scale, ignore_index, label_smoothing)
-        raise
-
-    if shape is not None and reduction == "none":
-        loss = loss.reshape(shape)
-    if not return_lse:
-        return loss
-    return loss, lse if shape is None else lse.reshape(shape)
+    return margin_softmax(
+        input, target, weight, logit_scale, logit_bias, target_margin, pairwise_margin, mask, sample_weight, None, None,
+        None, scale, 1.0, -1, reduction, ignore_index, label_smoothing, return_lse,
+    )  # fmt: skip
 
 
-_OPTIONAL = ("weight", "logit_scale", "logit_bias", "target_margin", "pairwise_margin", "mask", "sample_weight")
-
-
-def _check_types(*optional) -> None:
-    for name, x in zip(_OPTIONAL, optional, strict=True):
-        if x is not None and not isinstance(x, Tensor):
-            raise TypeError(f"{name}: expected a Tensor or None, got {type(x).__name__}")
-
-
-def _check_numbers(scale, ignore_index, label_smoothing) -> None:
-    if not isinstance(scale, (float, int)):
-        raise TypeError(f"scale: expected a number or a 0-d Tensor, got {type(scale).__name__}")
-    if not isinstance(ignore_index, int):
-        raise TypeError(f"ignore_index: expected an int, got {type(ignore_index).__name__}")
-    if not isinstance(label_smoothing, (float, int)):
-        raise TypeError(f"label_smoothing: expected a number, got {type(label_smoothing).__name__}")
-
-
-def _check_values(
+def auxiliary_cross_entropy(
     input: Tensor,
     target: Tensor,
-    logit_scale: Tensor | None,
-    logit_bias: Tensor | None,
-    target_margin: Tensor | None,
-    pairwise_margin: Tensor | None,
-    ignore_index: int,
-) -> None:
-    """What the CPU kernel says about values that make no sense; elsewhere reading them would synchronise."""
-    if input.device.type != "cpu" or is_compiling() or type(target) is not Tensor:
-        return
-    if not target.is_floating_point():
-        index, classes = target.long(), input.shape[1]
-        bad = ((index < 0) | (index >= classes)) & (index != ignore_index)
-        if bad.any():
-            row = int(bad.nonzero()[0])
-            raise IndexError(
-                f"target: expected class indices in [0, {classes}) or ignore_index={ignore_index}, "
-                f"got {int(index[row])} at row {row}"
-            )
-    vectors = {"logit_bias": logit_bias, "logit_scale": logit_scale, "target_margin": target_margin}
-    for name, x in (vectors | {"pairwise_margin": pairwise_margin}).items():
-        if x is None:
-            continue
-        allowed = x.isfinite()
-        if name in ("logit_bias", "pairwise_margin"):
-            allowed |= x == -torch.inf
-        if not allowed.all():
-            index = int((~allowed).flatten().nonzero()[0])
-            raise ValueError(f"{name}: expected finite values, got {x.flatten()[index].item():g} at index {index}")
+    neighbors: NeighborMap,
+    weight: Tensor | None = None,
+    *,
+    neighbor_weight: float = 0.0,
+    mode: str = "plain",
+    row_class: Tensor | None = None,
+    prior_counts: Tensor | None = None,
+    tau: float = 1.0,
+    logit_scale: Tensor | None = None,
+    logit_bias: Tensor | None = None,
+    target_margin: Tensor | None = None,
+    pairwise_margin: Tensor | None = None,
+    scale: float | Tensor = 1.0,
+    mask: Tensor | None = None,
+    sample_weight: Tensor | None = None,
+    reduction: str = "mean",
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    r"""Cross-entropy over target and auxiliary classes in which similar classes do not compete (neighbour silencing).
+
+    The logits are those of :math:`K = C + A` classes, the :math:`C` target classes first. A sample does not push down
+    the classes :math:`S(y)` that its own class :math:`y` silences: the auxiliary classes anchored on a target class,
+    and the anchors of an auxiliary one. With :math:`\lambda` = ``neighbor_weight`` and :math:`\pi` the class priors,
+    the adjusted logits of :func:`margin_cross_entropy` become
+
+    .. math::
+        v_{ij} \leftarrow v_{ij} + \tau \log \pi_j + \log \lambda \, [j \in S(y_i)]
+
+    At :math:`\lambda = 0` silenced classes are out of the distribution altogether: their gradient is exactly 0, and
+    mass that probabilities or label smoothing put on them is dropped. Any :math:`\lambda > 0` keeps that mass, so
+    the loss is not continuous at 0 where there is such mass. At :math:`\lambda = 1` nothing is silenced. Proposed in
+    "Category Extrapolation for long-tailed recognition" (arXiv:2410.15980).
+
+    Args:
+        input: Logits over ``neighbors.num_classes + neighbors.num_auxiliary`` classes, as in
+            :func:`margin_cross_entropy`.
+        target: Class indices (target or auxiliary classes) or probabilities over all classes.
+        neighbors: Which classes silence each other, on the device of ``input``.
+        weight: ``(K,)`` class weights.
+        neighbor_weight: :math:`\lambda` in ``[0, 1]``.
+        mode: ``"plain"``: rows of target classes silence their neighbours, rows of auxiliary classes their anchors.
+            ``"target_only"`` and ``"auxiliary_only"`` do one of the two. ``"back"``: as plain, and rows of an
+            auxiliary class silence all other auxiliary classes too; with ``neighbor_weight=0`` only.
+        row_class: ``(N,)`` or ``(N, d1, ...)`` class of each sample, which picks what it silences: with probabilities
+            as target only. Under mixup, the sample's own first label.
+        prior_counts: ``(K,)`` training samples of each class, all above 0, for :math:`\pi`; ``None`` adds no prior.
+        tau: Strength of the prior.
+
+    The other arguments, the return value, gradients and errors are those of :func:`margin_cross_entropy`;
+    ``logit_bias`` and the prior add up.
+
+    Raises:
+        ValueError: also a map of another number of classes, ``neighbor_weight`` outside ``[0, 1]``, an unknown mode,
+            mode ``"back"`` with ``neighbor_weight > 0``, probabilities without ``row_class``.
+
+    Example::
+
+        >>> import torch, ltkernels.functional as LF
+        >>> from ltkernels.neighbors import NeighborMap
+        >>> neighbors = NeighborMap.from_pairs([(0, 3), (1, 4)], num_classes=3, num_auxiliary=2)
+        >>> logits, target = torch.randn(8, 5, requires_grad=True), torch.randint(5, (8,))
+        >>> LF.auxiliary_cross_entropy(logits, target, neighbors).backward()
+        >>> LF.auxiliary_predict(logits, num_classes=3).shape
+        torch.Size([8])
+    """
+    if not isinstance(neighbors, NeighborMap):
+        raise TypeError(f"neighbors: expected a NeighborMap, got {type(neighbors).__name__}")
+    offsets, classes, back_from = neighbors.rows(mode)
+    if back_from >= 0 and neighbor_weight != 0:
+        raise ValueError(f"mode 'back': expected neighbor_weight=0, got {neighbor_weight}")
+    if prior_counts is not None:
+        logit_bias = _with_prior(logit_bias, prior_counts, tau, neighbors.num_classes + neighbors.num_auxiliary)
+    return margin_softmax(
+        input, target, weight, logit_scale, logit_bias, target_margin, pairwise_margin, mask, sample_weight, row_class,
+        offsets, classes, scale, neighbor_weight, back_from, reduction, ignore_index, label_smoothing, return_lse,
+    )  # fmt: skip
 
 
-def _fold_scale(
-    scale: Tensor, logit_scale: Tensor | None, target_margin: Tensor | None, input: Tensor
-) -> tuple[Tensor, Tensor | None]:
-    """A tensor scale is (s * a, s * m) with s = 1, in differentiable torch."""
-    if scale.device != input.device:
-        raise ValueError(f"scale: expected a tensor on {input.device} like input, got one on {scale.device}")
-    if scale.dim() != 0 or not scale.is_floating_point():
-        raise ValueError(
-            f"scale: expected a number or a 0-d floating tensor, got {scale.dtype} of shape {tuple(scale.shape)}"
-        )
-    folded_scale = scale if logit_scale is None else scale * logit_scale
-    return folded_scale, None if target_margin is None else scale * target_margin
+def _with_prior(logit_bias: Tensor | None, prior_counts: Tensor, tau: float, classes: int) -> Tensor:
+    if not isinstance(prior_counts, Tensor) or prior_counts.shape != (classes,):
+        found = tuple(prior_counts.shape) if isinstance(prior_counts, Tensor) else type(prior_counts).__name__
+        raise ValueError(f"prior_counts: expected a Tensor of shape ({classes},), got {found}")
+    counts = prior_counts.double() if prior_counts.dtype == torch.float64 else prior_counts.float()
+    if counts.is_cpu and not is_compiling() and not (counts > 0).all():
+        index = int((~(counts > 0)).nonzero()[0])
+        raise ValueError(f"prior_counts: expected counts above 0, got {counts[index].item():g} for class {index}")
+    prior = tau * (counts.log() - counts.sum().log())
+    return prior if logit_bias is None else logit_bias + prior
 
 
-def _as_rows(
-    input: Tensor, target: Tensor, mask: Tensor | None, sample_weight: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """(C,) or (N, C, d1, ...) as (rows, C), and target, mask and sample_weight with it."""
-    if input.dim() == 0:
-        raise ValueError("input: expected logits of shape (C,), (N, C) or (N, C, d1, ...), got a 0-d tensor")
-    classes = input.shape[0] if input.dim() == 1 else input.shape[1]
-    samples = () if input.dim() == 1 else (input.shape[0], *input.shape[2:])
+def mask_auxiliary(logits: Tensor, num_classes: int) -> Tensor:
+    """``logits`` with those of auxiliary classes, from ``num_classes`` on, at ``-inf``, for softmax or argmax at test.
 
-    def rows_of_classes(x: Tensor) -> Tensor:
-        return x.unsqueeze(0) if x.dim() == 1 else x.movedim(1, -1).reshape(-1, classes)
+    Args:
+        logits: ``(K,)``, ``(N, K)`` or ``(N, K, d1, ...)``; not modified.
+        num_classes: The number of target classes C, from 1 to K.
 
-    probabilities = target.is_floating_point()
-    expected = input.shape if probabilities else torch.Size(samples)
-    if target.shape != expected:
-        raise ValueError(
-            f"target: expected {'probabilities' if probabilities else 'class indices'} of shape {tuple(expected)} "
-            f"for an input of shape {tuple(input.shape)}, got {tuple(target.shape)}"
-        )
-    if mask is not None and mask.dim() > 1:
-        if mask.shape == input.shape:
-            mask = rows_of_classes(mask)
-        elif mask.shape == input.shape[:2]:
-            mask = rows_of_classes(mask.reshape(*mask.shape, *[1] * (input.dim() - 2)).expand_as(input))
-        else:
-            raise ValueError(
-                f"mask: expected shape ({classes},), {tuple(input.shape[:2])} or {tuple(input.shape)}, "
-                f"got {tuple(mask.shape)}"
-            )
-    if sample_weight is not None:
-        if sample_weight.dim() == 1 and input.dim() > 2 and sample_weight.shape[0] == input.shape[0]:
-            sample_weight = sample_weight.reshape(-1, *[1] * (input.dim() - 2)).expand(samples)
-        if sample_weight.shape != torch.Size(samples):
-            expected = f"({input.shape[0]},) or {samples}" if samples else "()"
-            raise ValueError(f"sample_weight: expected shape {expected}, got {tuple(sample_weight.shape)}")
-        sample_weight = sample_weight.reshape(-1)
-    target = rows_of_classes(target) if probabilities else target.reshape(-1)
-    return rows_of_classes(input), target, mask, sample_weight
+    Raises:
+        ValueError: ``num_classes`` outside ``[1, K]``.
+    """
+    dim = _class_dim(logits, num_classes)
+    auxiliary = torch.arange(logits.shape[dim], device=logits.device) >= num_classes
+    return logits.masked_fill(auxiliary.reshape(-1, *[1] * (logits.dim() - 1 - dim)), -torch.inf)
+
+
+def auxiliary_predict(logits: Tensor, num_classes: int) -> Tensor:
+    """The most likely target class of each sample, without a prior: ``()``, ``(N,)`` or ``(N, d1, ...)`` int64.
+
+    Args and errors as for :func:`mask_auxiliary`.
+    """
+    dim = _class_dim(logits, num_classes)
+    return logits.narrow(dim, 0, num_classes).argmax(dim)
+
+
+def _class_dim(logits: Tensor, num_classes: int) -> int:
+    if logits.dim() == 0:
+        raise ValueError("logits: expected shape (K,), (N, K) or (N, K, d1, ...), got a 0-d tensor")
+    dim = 0 if logits.dim() == 1 else 1
+    if not 1 <= num_classes <= logits.shape[dim]:
+        raise ValueError(f"num_classes: expected a number from 1 to {logits.shape[dim]}, got {num_classes}")
+    return dim

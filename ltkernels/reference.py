@@ -7,6 +7,8 @@ for, and all of them under ``LTKERNELS_BACKEND=reference``. It holds N x C tempo
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -21,15 +23,20 @@ def margin_softmax(
     pairwise_margin: Tensor | None,  # Delta: (C, C)
     mask: Tensor | None,  # (C,) or (N, C) bool, False removes the class
     sample_weight: Tensor | None,  # u: (N,)
+    row_class: Tensor | None,  # (N,) the class that picks a row's silenced classes; None: the target index
+    neighbor_offsets: Tensor | None,  # (C + 1,) int32: class k silences
+    neighbor_classes: Tensor | None,  # neighbor_classes[neighbor_offsets[k] : neighbor_offsets[k + 1]]
     scale: float,  # s
+    neighbor_weight: float,  # lambda
+    back_from: int,  # rows of classes from here on silence all others from here on; -1: none
     reduction: str,  # "none", "mean" or "sum"
     ignore_index: int,
     label_smoothing: float,  # eps
 ) -> tuple[Tensor, Tensor]:
     """Margin-adjusted softmax cross-entropy over rows: returns the reduced loss and the (N,) log-sum-exp.
 
-    v[i,j]  = s * (a[j] * f[i,j] - m[j] * t[i,j]) + b[j] + Delta[y_i, j]
-    t'[i,j] = w[j] * ((1 - eps) * t[i,j] + eps / |allowed_i|)
+    v[i,j]  = s * (a[j] * f[i,j] - m[j] * t[i,j]) + b[j] + Delta[y_i, j] + log(lambda) [j in S(y_i)]
+    t'[i,j] = w[j] * ((1 - eps) * t[i,j] + eps / |allowed_i|)       (0 in S(y_i) if lambda = 0)
     loss_i  = u_i * (sum_j t'[i,j] * logsumexp_j v[i,j] - sum_j t'[i,j] * v[i,j])
 
     The mean divides by sum_i u_i w[y_i] over the rows kept for class indices, by sum_i u_i for probabilities.
@@ -68,11 +75,17 @@ def margin_softmax(
     if pairwise_margin is not None:
         v = v + pairwise_margin.to(acc)[y]
     v = v.masked_fill(~allowed, -torch.inf)
+    silenced = torch.zeros_like(allowed)
+    if neighbor_offsets is not None:
+        silenced = silenced_classes(y if indices else row_class.long(), neighbor_offsets, neighbor_classes, back_from)
+        v = torch.where(silenced, v + math.log(neighbor_weight) if neighbor_weight > 0 else -torch.inf, v)
 
     spread = allowed.to(acc) / allowed.sum(1, keepdim=True).clamp(min=1)
     smoothed = (1 - label_smoothing) * t + label_smoothing * spread
     if not indices:
         smoothed = torch.where(allowed, smoothed, 0.0)  # probability on a removed class is dropped
+    if neighbor_weight == 0:
+        smoothed = torch.where(silenced, 0.0, smoothed)
     weighted = w * smoothed
     lse = torch.logsumexp(v, dim=1)
     lse = torch.where(lse == -torch.inf, torch.nan, lse)  # a row with no class left has no distribution
@@ -87,3 +100,15 @@ def margin_softmax(
         return row_loss.sum(), lse
     normalizer = torch.where(kept, u * w[y], 0.0).sum() if indices else u.sum()
     return row_loss.sum() / normalizer, lse
+
+
+def silenced_classes(row_class: Tensor, offsets: Tensor, classes: Tensor, back_from: int) -> Tensor:
+    """(N, C) bool: the classes that each row's class silences."""
+    n = offsets.shape[0] - 1
+    entries = torch.arange(classes.shape[0], device=classes.device)
+    owner = torch.searchsorted(offsets[1:].contiguous(), entries.to(offsets.dtype), right=True)
+    table = torch.zeros(n, n, dtype=torch.bool, device=classes.device)
+    table[owner, classes.long()] = True
+    if back_from >= 0:
+        table[back_from:, back_from:] |= ~torch.eye(n - back_from, dtype=torch.bool, device=classes.device)
+    return table[row_class]

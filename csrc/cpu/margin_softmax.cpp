@@ -109,13 +109,17 @@ void check_finite(const char* name, const at::Tensor& x, bool minus_infinity_all
 template <typename acc_t>
 struct Prepared {
   MarginSoftmaxArgs<acc_t> args;
-  at::Tensor logits, target, scaled, bias, margin, pairwise, weight, sample_weight, mask;
+  at::Tensor logits, target, scaled, bias, margin, pairwise, weight, sample_weight, mask, row_class, neighbor_offsets,
+      neighbor_classes;
 
   explicit Prepared(LTK_MARGIN_PARAMETERS);
 
  private:
   void set_affine(const OptionalTensor& logit_scale, const OptionalTensor& logit_bias, double scale);
   void set_target(const at::Tensor& target_, int64_t ignore_index);
+  void set_neighbors(
+      const OptionalTensor& row_class_, const OptionalTensor& offsets, const OptionalTensor& neighbors, double weight_,
+      int64_t back_from);
   void set_normalizer(int64_t reduction);
 };
 
@@ -162,6 +166,42 @@ void Prepared<acc_t>::set_target(const at::Tensor& target_, int64_t ignore_index
     TORCH_CHECK_INDEX(
         !outside(i), "target: expected class indices in [0, ", args.classes, ") or ignore_index=", ignore_index,
         ", got ", y, " at row ", i);
+  }
+}
+
+// The map is a user's data: a number out of range would be a read or write outside of memory.
+template <typename acc_t>
+void Prepared<acc_t>::set_neighbors(
+    const OptionalTensor& row_class_, const OptionalTensor& offsets, const OptionalTensor& neighbors, double weight_,
+    int64_t back_from) {
+  if (!offsets.has_value()) return;
+  neighbor_offsets = offsets->contiguous();
+  neighbor_classes = neighbors->contiguous();
+  args.neighbor_offsets = neighbor_offsets.const_data_ptr<int32_t>();
+  args.neighbor_classes = neighbor_classes.const_data_ptr<int32_t>();
+  args.log_neighbor_weight = static_cast<acc_t>(std::log(weight_));
+  if (back_from >= 0) args.back_from = back_from;
+  const int64_t size = neighbor_classes.numel();
+  const auto misplaced = [&](int64_t k) {
+    const int64_t begin = args.neighbor_offsets[k], end = args.neighbor_offsets[k + 1];
+    return (begin < 0) | (end < begin) | (end > size);
+  };
+  const auto unknown = [&](int64_t e) {
+    return static_cast<uint64_t>(int64_t(args.neighbor_classes[e])) >= static_cast<uint64_t>(args.classes);
+  };
+  TORCH_CHECK_VALUE(
+      !any_of_indices(args.classes, misplaced), "neighbor_offsets: expected numbers from 0 to ", size,
+      " in ascending order");
+  TORCH_CHECK_VALUE(
+      !any_of_indices(size, unknown), "neighbor_classes: expected class numbers in [0, ", args.classes, ")");
+  if (!row_class_.has_value()) return;
+  row_class = row_class_->to(at::kLong).contiguous();
+  args.row_class = row_class.const_data_ptr<int64_t>();
+  for (int64_t i = 0; i < args.rows; ++i) {
+    const int64_t y = args.row_class[i];
+    TORCH_CHECK_INDEX(
+        y >= 0 && y < args.classes, "row_class: expected class indices in [0, ", args.classes, "), got ", y, " at row ",
+        i);
   }
 }
 
@@ -218,6 +258,7 @@ Prepared<acc_t>::Prepared(LTK_MARGIN_PARAMETERS) {
     args.mask_stride = mask->dim() == 2 ? this->mask.stride(0) : 0;
   }
   set_target(target, ignore_index);
+  set_neighbors(row_class, neighbor_offsets, neighbor_classes, neighbor_weight, back_from);
   set_normalizer(reduction);
 }
 

@@ -123,6 +123,26 @@ const bool* mask_row(const MarginSoftmaxArgs<A>& p, int64_t i) {
   return p.mask == nullptr ? nullptr : p.mask + i * p.mask_stride;
 }
 
+// Calls f(j) for each silenced class of row i.
+template <typename A, typename F>
+LTK_INLINE void for_each_silenced(const MarginSoftmaxArgs<A>& p, int64_t i, F f) {
+  if (p.neighbor_offsets == nullptr) return;
+  const int64_t y = p.row_class != nullptr ? p.row_class[i] : p.index[i];
+  for (int64_t e = p.neighbor_offsets[y]; e < p.neighbor_offsets[y + 1]; ++e) f(int64_t(p.neighbor_classes[e]));
+  if (y < p.back_from) return;
+  for (int64_t j = p.back_from; j < p.classes; ++j) {
+    if (j != y) f(j);
+  }
+}
+
+// Sets silenced entries of a row of masses or gradients to 0, if they are out of the distribution altogether.
+template <typename A, typename T>
+LTK_INLINE void zero_silenced(const MarginSoftmaxArgs<A>& p, int64_t i, T* row) {
+  if (p.log_neighbor_weight == -kInfinity<A>) {
+    for_each_silenced(p, i, [&](int64_t j) { row[j] = narrow<T>(A(0)); });
+  }
+}
+
 // v of row i with its maximum; `t` is scratch for a row of probabilities.
 template <typename A>
 LTK_INLINE A load_row(const MarginSoftmaxArgs<A>& p, int64_t i, A* v, A* t) {
@@ -152,6 +172,16 @@ LTK_INLINE A load_row(const MarginSoftmaxArgs<A>& p, int64_t i, A* v, A* t) {
       for (int64_t j = 0; j < C; ++j) v[j] = mask[j] ? v[j] : -kInfinity<A>;
     }
     top = max_of(v, padded<A>(C));
+  }
+  if (p.neighbor_offsets != nullptr) {
+    // Excluded before the maximum is known: a silenced logit far above the others would push their exp below 0.
+    bool top_lost = false;
+    const bool excluded = p.log_neighbor_weight == -kInfinity<A>;
+    for_each_silenced(p, i, [&](int64_t j) {
+      top_lost |= v[j] >= top;
+      v[j] = excluded ? -kInfinity<A> : v[j] + p.log_neighbor_weight;
+    });
+    if (top_lost) top = max_of(v, padded<A>(C));
   }
   if (p.margin != nullptr && p.index != nullptr) {
     const int64_t y = p.index[i];
@@ -260,6 +290,7 @@ LTK_INLINE void store_gradient_as(
       if (!mask[j]) out[j] = narrow<T>(A(0));
     }
   }
+  if (coefficient - coefficient != 0) zero_silenced(p, i, out);
 }
 
 template <typename A>
@@ -307,6 +338,7 @@ A target_distribution(const MarginSoftmaxArgs<A>& p, int64_t i, A* t) {
   }
   for (int64_t j = 0; mask != nullptr && j < C; ++j) t[j] = mask[j] ? t[j] : 0;
   if (p.index != nullptr) t[p.index[i]] += 1 - p.smoothing;
+  zero_silenced(p, i, t);
   for (int64_t j = 0; p.weight != nullptr && j < C; ++j) t[j] *= p.weight[j];
   for (int64_t j = C; j < padded<A>(C); ++j) t[j] = 0;
   constexpr int64_t W = Simd<A>::kLanes;
@@ -344,6 +376,7 @@ LTK_INLINE void zero_removed(const MarginSoftmaxArgs<A>& p, int64_t i, A* g) {
   if (const bool* mask = mask_row(p, i)) {
     for (int64_t j = 0; j < p.classes; ++j) g[j] = mask[j] ? g[j] : 0;
   }
+  zero_silenced(p, i, g);
 }
 
 // For the sweeps of `row` if `next` is loaded after it.

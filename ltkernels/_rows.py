@@ -1,0 +1,178 @@
+"""Calls of the row operation: inputs of any shape as rows of classes, then the operator or the definition."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.compiler import is_compiling
+
+from ltkernels import _ops, reference
+
+_REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
+
+
+def margin_softmax(
+    input, target, weight, logit_scale, logit_bias, target_margin, pairwise_margin, mask, sample_weight, row_class,
+    neighbor_offsets, neighbor_classes, scale, neighbor_weight, back_from, reduction, ignore_index, label_smoothing,
+    return_lse,
+):  # fmt: skip
+    """The row operation on inputs of any shape: the operator, or the definition where no kernel serves."""
+    reduction_code = _REDUCTIONS.get(reduction) if isinstance(reduction, str) else None
+    if reduction_code is None:
+        raise ValueError(f"reduction: expected 'none', 'mean' or 'sum', got {reduction!r}")
+    if not isinstance(input, Tensor) or not isinstance(target, Tensor):
+        name, value = ("target", target) if isinstance(input, Tensor) else ("input", input)
+        raise TypeError(f"{name}: expected a Tensor, got {type(value).__name__}")
+    if isinstance(scale, Tensor):
+        logit_scale, target_margin = _fold_scale(scale, logit_scale, target_margin, input)
+        scale = 1.0
+
+    shape = None
+    if input.dim() != 2:
+        _check_types(weight, logit_scale, logit_bias, target_margin, pairwise_margin, mask, sample_weight, row_class)
+        shape = (*input.shape[:1], *input.shape[2:]) if input.dim() > 1 else ()
+        input, target, mask, sample_weight, row_class = _as_rows(input, target, mask, sample_weight, row_class)
+
+    try:
+        if _ops.uses_kernel(input):
+            call = _ops.margin_softmax if is_compiling() else _ops.margin_softmax_direct
+            loss, lse = call(
+                input, target, weight, logit_scale, logit_bias, target_margin, pairwise_margin, mask, sample_weight,
+                row_class, neighbor_offsets, neighbor_classes, scale, neighbor_weight, back_from, reduction_code,
+                ignore_index, label_smoothing, return_lse,
+            )  # fmt: skip
+        else:
+            arguments = (
+                input, target, weight, logit_scale, logit_bias, target_margin, pairwise_margin, mask, sample_weight,
+                row_class, neighbor_offsets, neighbor_classes, scale, neighbor_weight, back_from,
+            )  # fmt: skip
+            _ops.margin_softmax_check(*arguments, ignore_index, label_smoothing)
+            _check_values(*arguments[:2], *arguments[3:7], ignore_index)
+            loss, lse = reference.margin_softmax(*arguments, reduction, ignore_index, label_smoothing)
+    except RuntimeError:
+        # The dispatcher's answer to a wrong Python type; checked after the fact, as it would cost every call.
+        _check_types(weight, logit_scale, logit_bias, target_margin, pairwise_margin, mask, sample_weight, row_class)
+        _check_numbers(scale, neighbor_weight, ignore_index, label_smoothing)
+        raise
+
+    if shape is not None and reduction == "none":
+        loss = loss.reshape(shape)
+    if not return_lse:
+        return loss
+    return loss, lse if shape is None else lse.reshape(shape)
+
+
+_OPTIONAL = (
+    "weight", "logit_scale", "logit_bias", "target_margin", "pairwise_margin", "mask", "sample_weight", "row_class",
+)  # fmt: skip
+
+
+def _check_types(*optional) -> None:
+    for name, x in zip(_OPTIONAL, optional, strict=True):
+        if x is not None and not isinstance(x, Tensor):
+            raise TypeError(f"{name}: expected a Tensor or None, got {type(x).__name__}")
+
+
+def _check_numbers(scale, neighbor_weight, ignore_index, label_smoothing) -> None:
+    if not isinstance(scale, (float, int)):
+        raise TypeError(f"scale: expected a number or a 0-d Tensor, got {type(scale).__name__}")
+    if not isinstance(neighbor_weight, (float, int)):
+        raise TypeError(f"neighbor_weight: expected a number, got {type(neighbor_weight).__name__}")
+    if not isinstance(ignore_index, int):
+        raise TypeError(f"ignore_index: expected an int, got {type(ignore_index).__name__}")
+    if not isinstance(label_smoothing, (float, int)):
+        raise TypeError(f"label_smoothing: expected a number, got {type(label_smoothing).__name__}")
+
+
+def _check_values(
+    input: Tensor,
+    target: Tensor,
+    logit_scale: Tensor | None,
+    logit_bias: Tensor | None,
+    target_margin: Tensor | None,
+    pairwise_margin: Tensor | None,
+    ignore_index: int,
+) -> None:
+    """What the CPU kernel says about values that make no sense; elsewhere reading them would synchronise."""
+    if input.device.type != "cpu" or is_compiling() or type(target) is not Tensor:
+        return
+    if not target.is_floating_point():
+        index, classes = target.long(), input.shape[1]
+        bad = ((index < 0) | (index >= classes)) & (index != ignore_index)
+        if bad.any():
+            row = int(bad.nonzero()[0])
+            raise IndexError(
+                f"target: expected class indices in [0, {classes}) or ignore_index={ignore_index}, "
+                f"got {int(index[row])} at row {row}"
+            )
+    vectors = {"logit_bias": logit_bias, "logit_scale": logit_scale, "target_margin": target_margin}
+    for name, x in (vectors | {"pairwise_margin": pairwise_margin}).items():
+        if x is None:
+            continue
+        allowed = x.isfinite()
+        if name in ("logit_bias", "pairwise_margin"):
+            allowed |= x == -torch.inf
+        if not allowed.all():
+            index = int((~allowed).flatten().nonzero()[0])
+            raise ValueError(f"{name}: expected finite values, got {x.flatten()[index].item():g} at index {index}")
+
+
+def _fold_scale(
+    scale: Tensor, logit_scale: Tensor | None, target_margin: Tensor | None, input: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """A tensor scale is (s * a, s * m) with s = 1, in differentiable torch."""
+    if scale.device != input.device:
+        raise ValueError(f"scale: expected a tensor on {input.device} like input, got one on {scale.device}")
+    if scale.dim() != 0 or not scale.is_floating_point():
+        raise ValueError(
+            f"scale: expected a number or a 0-d floating tensor, got {scale.dtype} of shape {tuple(scale.shape)}"
+        )
+    folded_scale = scale if logit_scale is None else scale * logit_scale
+    return folded_scale, None if target_margin is None else scale * target_margin
+
+
+def _as_rows(
+    input: Tensor, target: Tensor, mask: Tensor | None, sample_weight: Tensor | None, row_class: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """(C,) or (N, C, d1, ...) as (rows, C), and everything with an entry for each row with it."""
+    if input.dim() == 0:
+        raise ValueError("input: expected logits of shape (C,), (N, C) or (N, C, d1, ...), got a 0-d tensor")
+    classes = input.shape[0] if input.dim() == 1 else input.shape[1]
+    samples = () if input.dim() == 1 else (input.shape[0], *input.shape[2:])
+
+    def rows_of_classes(x: Tensor) -> Tensor:
+        return x.unsqueeze(0) if x.dim() == 1 else x.movedim(1, -1).reshape(-1, classes)
+
+    probabilities = target.is_floating_point()
+    expected = input.shape if probabilities else torch.Size(samples)
+    if target.shape != expected:
+        raise ValueError(
+            f"target: expected {'probabilities' if probabilities else 'class indices'} of shape {tuple(expected)} "
+            f"for an input of shape {tuple(input.shape)}, got {tuple(target.shape)}"
+        )
+    if mask is not None and mask.dim() > 1:
+        if mask.shape == input.shape:
+            mask = rows_of_classes(mask)
+        elif mask.shape == input.shape[:2]:
+            mask = rows_of_classes(mask.reshape(*mask.shape, *[1] * (input.dim() - 2)).expand_as(input))
+        else:
+            raise ValueError(
+                f"mask: expected shape ({classes},), {tuple(input.shape[:2])} or {tuple(input.shape)}, "
+                f"got {tuple(mask.shape)}"
+            )
+    target = rows_of_classes(target) if probabilities else target.reshape(-1)
+    sample_weight = _each_sample("sample_weight", sample_weight, input, samples)
+    row_class = _each_sample("row_class", row_class, input, samples)
+    return rows_of_classes(input), target, mask, sample_weight, row_class
+
+
+def _each_sample(name: str, x: Tensor | None, input: Tensor, samples: tuple[int, ...]) -> Tensor | None:
+    """A value a sample, (N,) or (N, d1, ...), as (rows,)."""
+    if x is None:
+        return None
+    if x.dim() == 1 and input.dim() > 2 and x.shape[0] == input.shape[0]:
+        x = x.reshape(-1, *[1] * (input.dim() - 2)).expand(samples)
+    if x.shape != torch.Size(samples):
+        expected = f"({input.shape[0]},) or {samples}" if samples else "()"
+        raise ValueError(f"{name}: expected shape {expected}, got {tuple(x.shape)}")
+    return x.reshape(-1)
