@@ -17,10 +17,10 @@ enum Reduction : int64_t { kNone = 0, kMean = 1, kSum = 2 };
 // Which gradients margin_softmax_bwd is asked for.
 enum GradBit : int64_t { kGradLogits = 1, kGradClass = 2, kGradPairwise = 4 };
 
-#define LTK_MARGIN_SCHEMA                                                                              \
-  "Tensor logits, Tensor target, Tensor? weight, Tensor? logit_scale, Tensor? logit_bias, "            \
+#define LTK_MARGIN_SCHEMA                                                                                    \
+  "Tensor logits, Tensor target, Tensor? weight, Tensor? logit_scale, Tensor? logit_bias, "                  \
   "Tensor? target_margin, Tensor? pairwise_margin, Tensor? mask, Tensor? sample_weight, Tensor? row_class, " \
-  "Tensor? neighbor_offsets, Tensor? neighbor_classes, float scale, float neighbor_weight, int back_from, " \
+  "Tensor? neighbor_offsets, Tensor? neighbor_classes, float scale, float neighbor_weight, int back_from, "  \
   "int reduction, int ignore_index, float label_smoothing"
 
 #define LTK_MARGIN_TENSOR_PARAMETERS                                                                                   \
@@ -33,7 +33,7 @@ enum GradBit : int64_t { kGradLogits = 1, kGradClass = 2, kGradPairwise = 4 };
 #define LTK_MARGIN_PARAMETERS \
   LTK_MARGIN_TENSOR_PARAMETERS, int64_t reduction, int64_t ignore_index, double label_smoothing
 
-#define LTK_MARGIN_TENSOR_ARGUMENTS \
+#define LTK_MARGIN_TENSOR_ARGUMENTS                                                                                \
   logits, target, weight, logit_scale, logit_bias, target_margin, pairwise_margin, mask, sample_weight, row_class, \
       neighbor_offsets, neighbor_classes, scale, neighbor_weight, back_from
 
