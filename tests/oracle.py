@@ -6,6 +6,8 @@ dtype, plus 4 ulp of the largest value. Infinities and NaN must be where the def
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -15,6 +17,7 @@ from torch import Tensor
 
 import ltkernels.functional as LF
 from ltkernels import _ops, reference
+from ltkernels.neighbors import NeighborMap
 
 Results = dict[str, Tensor]
 Loss = Callable[..., Tensor | tuple[Tensor, Tensor]]
@@ -55,17 +58,28 @@ def definition(
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
     return_lse: bool = False,
+    neighbors: NeighborMap | None = None,
+    neighbor_weight: float = 0.0,
+    mode: str = "plain",
+    row_class: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """ltkernels.reference with the signature of margin_cross_entropy, for logits (N, C)."""
+    """ltkernels.reference with the signature of the public functions, for logits (N, C)."""
     if isinstance(scale, Tensor):  # by definition (s * a, s * m)
         logit_scale = scale if logit_scale is None else scale * logit_scale
         target_margin = None if target_margin is None else scale * target_margin
         scale = 1.0
+    offsets, classes, back_from = (None, None, -1) if neighbors is None else neighbors.rows(mode)
     loss, lse = reference.margin_softmax(
-        input, target, weight, logit_scale, logit_bias, target_margin, pairwise_margin, mask, sample_weight,
-        scale, reduction, ignore_index, label_smoothing,
+        input, target, weight, logit_scale, logit_bias, target_margin, pairwise_margin, mask, sample_weight, row_class,
+        offsets, classes, scale, neighbor_weight, back_from, reduction, ignore_index, label_smoothing,
     )  # fmt: skip
     return (loss, lse) if return_lse else loss
+
+
+def public(input: Tensor, target: Tensor, **options: object) -> Tensor | tuple[Tensor, Tensor]:
+    """The public function that takes these options."""
+    function = LF.auxiliary_cross_entropy if "neighbors" in options else LF.margin_cross_entropy
+    return function(input, target, **options)
 
 
 # ----------------------------------------------------------------------------------------------------------- evaluation
@@ -118,10 +132,10 @@ def kernels_run() -> Iterator[dict[str, int]]:
 
 
 def run_kernel(problem: Problem) -> Results:
-    """margin_cross_entropy on poisoned memory; a kernel must have run, and the input must be as it was."""
+    """The public function on poisoned memory; a kernel must have run, and the input must be as it was."""
     before, calls = problem.logits.clone(), sum(_ops.kernel_calls().values())
     with poisoned_memory():
-        results = evaluate(LF.margin_cross_entropy, problem)
+        results = evaluate(public, problem)
     assert sum(_ops.kernel_calls().values()) > calls, "no kernel ran"
     assert same_bits(before, problem.logits), "the input was modified"
     return results
@@ -238,15 +252,51 @@ def row_terms(problem: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     delta = problem.options.get("pairwise_margin")
     delta = torch.zeros_like(f) if delta is None else delta[y]
     allowed = torch.ones_like(f, dtype=torch.bool) if mask is None else mask.expand_as(f)
-    v = (s * (a * f - m * t) + b + delta).masked_fill(~allowed, -torch.inf)
+    silenced, log_weight = silencing(problem)
+    v = (s * (a * f - m * t) + b + delta + torch.where(silenced, log_weight, 0.0)).masked_fill(~allowed, -torch.inf)
     as_given = s == 1 and all(problem.options.get(name) is None for name in ADJUSTMENTS)
     rounding = torch.zeros_like(f) if as_given else (s * a * f).abs() + (s * m * t).abs() + b.abs() + delta.abs()
+    if log_weight > -torch.inf:
+        rounding = rounding + silenced * (v.abs() - log_weight)
+    else:
+        v = v.masked_fill(silenced, -torch.inf)  # a NaN is out too
     spread = allowed / allowed.sum(1, keepdim=True).clamp(min=1)
-    mass = finite(w * ((1 - eps) * t + eps * spread)) * (t > 0 if y is not None and eps == 0 else allowed)
+    mass = (
+        ~(silenced & v.isneginf())
+        * finite(w * ((1 - eps) * t + eps * spread))
+        * (t > 0 if y is not None and eps == 0 else allowed)
+    )
     shift = v.amax(1, keepdim=True)
     # The largest term of the sum of exponentials is 1, and its logarithm is rounded like one.
     row = finite(mass.sum(1) * (1 + (v - shift).logsumexp(1))).abs() + finite(mass * (v - shift)).abs().sum(1)
     return finite(v.softmax(1)), mass, finite(rounding), row
+
+
+def silenced_sets(neighbors: NeighborMap, mode: str) -> list[set[int]]:
+    """S of each class in a mode, from the map's mode "plain"."""
+    offsets, numbers, _ = (x.tolist() if isinstance(x, Tensor) else x for x in neighbors.rows("plain"))
+    first, total = neighbors.num_classes, neighbors.num_classes + neighbors.num_auxiliary
+    sets = [set(numbers[begin:end]) for begin, end in itertools.pairwise(offsets)]
+    for k, silenced in enumerate(sets):
+        if mode == ("auxiliary_only" if k < first else "target_only"):
+            silenced.clear()
+        if mode == "back" and k >= first:
+            silenced |= set(range(first, total)) - {k}
+    return sets
+
+
+def silencing(problem: Problem) -> tuple[Tensor, float]:
+    """Which classes are silenced in each row, and log(lambda)."""
+    silenced = torch.zeros_like(problem.logits, dtype=torch.bool)
+    neighbors, weight = problem.options.get("neighbors"), problem.options.get("neighbor_weight", 0.0)
+    if neighbors is None:
+        return silenced, 0.0
+    sets = silenced_sets(neighbors, problem.options.get("mode", "plain"))
+    row_class = problem.options.get("row_class")
+    row_class = one_hot_target(problem)[1] if row_class is None else row_class
+    for row, k in zip(silenced, row_class.tolist(), strict=True):
+        row[sorted(sets[k])] = True
+    return silenced, math.log(weight) if weight else -math.inf
 
 
 ADJUSTMENTS = ("logit_scale", "logit_bias", "target_margin", "pairwise_margin")

@@ -10,6 +10,8 @@ import torch
 from oracle import Problem
 from torch import Tensor
 
+from ltkernels.neighbors import NeighborMap
+
 LIMIT = 2**22  # logits of the larger problems
 
 # The values of every feature; a problem has one of each. make_problem says what they mean.
@@ -25,6 +27,7 @@ FEATURES: dict[str, tuple] = {
     "weight": ("no_weight", "class_weight", "sample_weight", "both_weights"),
     "mask": ("no_mask", "class_mask", "row_mask"),
     "smoothing": (0.0, 0.1, 1.0),
+    "neighbors": ("no_neighbors", "silence", "silence_back", "damp", "silence_nothing"),
     "reduction": ("mean", "sum", "none"),
     "grads": ("no_grad", "grad_logits", "grad_all", "grad_vectors"),
     "lse": ("no_lse", "lse"),
@@ -64,6 +67,10 @@ def make_problem(features: dict, seed: int = 0) -> Problem:
     if features["mask"] != "no_mask":
         options["mask"] = uniform(*((rows,) if features["mask"] == "row_mask" else ()), classes) < 0.8
     target = make_target(features["target"], rows, classes, dtype, generator)
+    if features["neighbors"] != "no_neighbors":
+        options |= make_silencing(features["neighbors"], rows, classes, generator)
+        if features["target"] == "probabilities":
+            options["row_class"] = torch.randint(classes, (rows,), generator=generator)
     requires_grad = () if features["grads"] in ("no_grad", "grad_vectors") else ("logits",)
     if features["grads"] in ("grad_all", "grad_vectors"):
         requires_grad += tuple(name for name in DIFFERENTIABLE if isinstance(options.get(name), Tensor))
@@ -95,6 +102,22 @@ def make_target(kind: str, rows: int, classes: int, dtype: torch.dtype, generato
     return target.to(getattr(torch, kind))
 
 
+def make_silencing(kind: str, rows: int, classes: int, generator: torch.Generator) -> dict:
+    """A map in which most auxiliary classes have an anchor and some have two; some target classes have none."""
+    first = min((classes + 1) // 2, 128)  # target classes; indices below 256 reach both halves
+    auxiliary = classes - first
+    pairs = torch.stack(
+        [
+            torch.randint(first, (auxiliary + auxiliary // 3,), generator=generator),
+            torch.arange(auxiliary + auxiliary // 3) % max(auxiliary, 1) + first,
+        ],
+        dim=1,
+    )
+    neighbors = NeighborMap.from_pairs(pairs, num_classes=first, num_auxiliary=auxiliary)
+    weight = {"damp": 0.1, "silence_nothing": 1.0}.get(kind, 0.0)
+    return {"neighbors": neighbors, "neighbor_weight": weight, "mode": "back" if kind == "silence_back" else "plain"}
+
+
 def with_layout(x: Tensor, layout: str) -> Tensor:
     """A matrix like ``x`` whose memory is laid out differently; the gaps are NaN."""
     rows, classes = x.shape
@@ -118,6 +141,8 @@ def possible(features: dict) -> bool:
     pairwise = features.get("margin") in ("pairwise", "both_margins")
     if pairwise and (features.get("target") == "probabilities" or classes > 1000):
         return False
+    if features.get("neighbors", "no_neighbors") != "no_neighbors" and classes > 1000:
+        return False  # the definition has a matrix of classes by classes
     return features.get("rows", 1) * classes <= LIMIT
 
 

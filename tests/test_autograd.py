@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from oracle import definition, same_bits
+from oracle import definition, public, same_bits
 from problems import DIFFERENTIABLE, FEATURES, covering_set, describe, make_problem
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -225,8 +225,9 @@ def test_gradcheck(features: dict) -> None:
     problem = make_problem(features)
     if "mask" in problem.options:
         problem.options["mask"][:] = torch.arange(features["classes"]) != 1  # a class for each row, a finite loss
-        if not problem.target.is_floating_point():
-            problem.target[problem.target == 1] = 0
+        for classes in (problem.target, problem.options.get("row_class")):
+            if classes is not None and not classes.is_floating_point():
+                classes[classes == 1] = 0
     kept = (problem.target != -100).any()
     if not kept:
         problem.target[:] = 0
@@ -236,7 +237,7 @@ def test_gradcheck(features: dict) -> None:
     leaves = [leaf.requires_grad_() for leaf in leaves]
 
     def function(logits: Tensor, *values: Tensor) -> Tensor | tuple[Tensor, Tensor]:
-        return LF.margin_cross_entropy(logits, problem.target, **fixed, **dict(zip(names, values, strict=True)))
+        return public(logits, problem.target, **fixed, **dict(zip(names, values, strict=True)))
 
     assert torch.autograd.gradcheck(function, leaves)
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracle import Problem, definition, evaluate, upstream_of
+from oracle import Problem, definition, evaluate, silenced_sets, upstream_of
 from problems import FEATURES, make_problem, possible
 from torch import Tensor
 
@@ -40,6 +40,7 @@ class Row:
     y: int | None  # class index, None for probabilities
     allowed: list[bool]
     u: float
+    silenced: set[int]
 
 
 @dataclass
@@ -53,6 +54,7 @@ class Vectors:
     delta: list[list[float]]
     s: float
     eps: float
+    lam: float
 
 
 def vectors_of(problem: Problem) -> Vectors:
@@ -71,6 +73,7 @@ def vectors_of(problem: Problem) -> Vectors:
         delta=[[0.0] * classes for _ in range(classes)] if delta is None else delta.tolist(),
         s=float(options.get("scale", 1.0)),
         eps=options.get("label_smoothing", 0.0),
+        lam=options.get("neighbor_weight", 1.0),
     )
 
 
@@ -78,6 +81,8 @@ def rows_of(problem: Problem) -> list[Row | None]:
     """None for an ignored row."""
     rows: list[Row | None] = []
     classes, mask, u = problem.logits.shape[1], problem.options.get("mask"), problem.options.get("sample_weight")
+    neighbors, row_class = problem.options.get("neighbors"), problem.options.get("row_class")
+    silenced = None if neighbors is None else silenced_sets(neighbors, problem.options["mode"])
     for i, (f, target) in enumerate(zip(problem.logits.tolist(), problem.target.tolist(), strict=True)):
         if target == problem.options.get("ignore_index", -100):
             rows.append(None)
@@ -87,7 +92,9 @@ def rows_of(problem: Problem) -> list[Row | None]:
         allowed = [True] * classes
         if mask is not None:
             allowed = mask[i].tolist() if mask.dim() == 2 else mask.tolist()
-        rows.append(Row(f, t, None if probabilities else target, allowed, 1.0 if u is None else u[i].item()))
+        k = int(row_class[i]) if probabilities and silenced is not None else target
+        out = set() if silenced is None else silenced[k]
+        rows.append(Row(f, t, None if probabilities else target, allowed, 1.0 if u is None else u[i].item(), out))
     return rows
 
 
@@ -95,17 +102,23 @@ def adjusted(row: Row, p: Vectors) -> list[float]:
     v = []
     for j, f in enumerate(row.f):
         pair = 0.0 if row.y is None else p.delta[row.y][j]
+        if j in row.silenced:
+            pair += math.log(p.lam) if p.lam else -INF
         v.append(p.s * (p.a[j] * f - p.m[j] * row.t[j]) + p.b[j] + pair if row.allowed[j] else -INF)
     return v
 
 
 def masses(row: Row, p: Vectors) -> list[float]:
-    """t' without u. A masked target keeps its mass, which makes the loss +inf; masked probabilities are dropped."""
+    """t' without u. A masked target keeps its mass, which makes the loss +inf; masked probabilities are dropped.
+
+    So is all mass on classes that are silenced altogether.
+    """
     count = sum(row.allowed)
     mass = []
     for j, t in enumerate(row.t):
         kept = t if row.allowed[j] or row.y is not None else 0.0
-        mass.append(p.w[j] * ((1 - p.eps) * kept + (p.eps / count if row.allowed[j] else 0.0)))
+        present = 0.0 if p.lam == 0 and j in row.silenced else 1.0
+        mass.append(present * p.w[j] * ((1 - p.eps) * kept + (p.eps / count if row.allowed[j] else 0.0)))
     return mass
 
 
@@ -207,6 +220,8 @@ def test_gradient(one_thread: None, problem: Problem) -> None:
 def test_gradient_under_a_mask(one_thread: None, problem: Problem) -> None:
     mask = problem.options["mask"].expand(problem.logits.shape).clone()
     mask[:, 0] = True  # a class for each row
+    if (row_class := problem.options.get("row_class")) is not None:
+        mask[torch.arange(len(mask)), row_class] = True  # the first may be silenced
     if not problem.target.is_floating_point():
         kept = problem.target != -100
         mask[kept.nonzero()[:, 0], problem.target[kept].long()] = True
@@ -258,6 +273,7 @@ def test_pairwise_margin_is_the_row_of_the_target() -> None:
 @settings(max_examples=500)
 @given(
     problem=small_problems(
+        neighbors=("no_neighbors",),
         affine=("no_affine",),
         margin=("no_margin",),
         mask=("no_mask",),

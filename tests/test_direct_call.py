@@ -12,8 +12,10 @@ from ltkernels import _ops
 
 pytestmark = pytest.mark.skipif(_ops.BACKEND == "reference", reason="the definition makes no operator call")
 
-REST = (None,) * 7
-NUMBERS = (1.0, 1, -100, 0.0, False)
+REST = (None,) * 10
+OFFSETS = torch.tensor([0, 1, 3, 3, 4, 6], dtype=torch.int32)
+NEIGHBORS = torch.tensor([3, 3, 4, 0, 1, 1], dtype=torch.int32)
+NUMBERS = (1.0, 1.0, -1, 1, -100, 0.0, False)
 
 
 def example() -> tuple[torch.Tensor, torch.Tensor]:
@@ -29,7 +31,22 @@ def generic(*arguments: object) -> tuple[torch.Tensor, torch.Tensor]:
 def test_same_as_generic(reduction: int, return_lse: bool) -> None:
     logits, target = example()
     optional = (torch.rand(5), torch.rand(5), torch.rand(5), torch.rand(5), torch.rand(5, 5), torch.rand(6, 5) > 0.2)
-    arguments = (logits, target, *optional, torch.rand(6), 2.0, reduction, 3, 0.1, return_lse)
+    arguments = (
+        logits,
+        target,
+        *optional,
+        torch.rand(6),
+        None,
+        OFFSETS,
+        NEIGHBORS,
+        2.0,
+        0.5,
+        -1,
+        reduction,
+        3,
+        0.1,
+        return_lse,
+    )
     for ours, theirs in zip(_ops.margin_softmax_direct(*arguments), generic(*arguments), strict=True):
         assert torch.equal(ours, theirs) and ours.dtype == theirs.dtype
 
@@ -39,16 +56,41 @@ def test_each_optional_argument_reaches_its_place() -> None:
     shapes = ((5,), (5,), (5,), (5,), (5, 5), None, (6,))
     for position, shape in enumerate(shapes):
         value = torch.tensor([True, True, False, True, True]) if shape is None else torch.rand(shape)
-        optional = [None] * 7
+        optional = [None] * 10
         optional[position] = value
-        arguments = (logits, target, *optional, 1.5, 0, -100, 0.25, True)
+        arguments = (logits, target, *optional, 1.5, 1.0, -1, 0, -100, 0.25, True)
         ours, theirs = _ops.margin_softmax_direct(*arguments), generic(*arguments)
         assert torch.equal(ours[0], theirs[0]) and torch.equal(ours[1], theirs[1])
 
 
+@pytest.mark.parametrize("back_from", [-1, 3])
+def test_silencing_arguments_reach_their_places(back_from: int) -> None:
+    logits, target = example()
+    probabilities, row_class = logits.flip(0).softmax(1), torch.tensor([4, 0, 3, 2, 1, 1])
+    for t, k in ((target, None), (probabilities, row_class)):
+        arguments = (logits, t, *[None] * 7, k, OFFSETS, NEIGHBORS, 1.5, 0.0, back_from, 0, -100, 0.25, True)
+        ours, theirs = _ops.margin_softmax_direct(*arguments), generic(*arguments)
+        assert torch.equal(ours[0], theirs[0]) and torch.equal(ours[1], theirs[1])
+        plain = generic(logits, t, *[None] * 10, 1.5, 0.0, -1, 0, -100, 0.25, True)
+        assert not torch.equal(plain[1], theirs[1])
+
+
 @pytest.mark.parametrize(
     ("position", "value"),
-    [(0, 3.0), (0, None), (1, [1]), (2, "w"), (9, "1"), (9, None), (10, 1.5), (11, 2**70), (12, None)],
+    [
+        (0, 3.0),
+        (0, None),
+        (1, [1]),
+        (2, "w"),
+        (9, 1),
+        (12, "1"),
+        (12, None),
+        (13, "0"),
+        (14, 0.5),
+        (15, 1.5),
+        (16, 2**70),
+        (17, None),
+    ],
 )
 def test_wrong_types_raise_what_the_generic_call_raises(position: int, value: object) -> None:
     arguments = [*example(), *REST, *NUMBERS]
@@ -60,7 +102,7 @@ def test_wrong_types_raise_what_the_generic_call_raises(position: int, value: ob
     assert str(ours.value) == str(theirs.value)
 
 
-@pytest.mark.parametrize("count", [0, 1, 13, 15])
+@pytest.mark.parametrize("count", [0, 1, 18, 20])
 def test_wrong_number_of_arguments(count: int) -> None:
     arguments = (*example(), *REST, *NUMBERS, False)[:count]
     with pytest.raises(RuntimeError):
@@ -70,7 +112,7 @@ def test_wrong_number_of_arguments(count: int) -> None:
 def test_numbers_of_other_types() -> None:
     logits, target = example()
     expected = generic(logits, target, *REST, *NUMBERS)[0]
-    assert torch.equal(_ops.margin_softmax_direct(logits, target, *REST, 1, True, -100, 0, 0)[0], expected)
+    assert torch.equal(_ops.margin_softmax_direct(logits, target, *REST, 1, 1, -1, True, -100, 0, 0)[0], expected)
 
 
 def test_no_reference_is_leaked() -> None:

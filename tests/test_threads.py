@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from oracle import Problem, evaluate, same_bits
+from oracle import Problem, evaluate, public, same_bits
 from problems import DIFFERENTIABLE, FEATURES, make_problem
 from torch import Tensor
 
@@ -32,6 +32,7 @@ PROBLEMS: dict[str, dict] = {
     "probabilities": FULL | {"rows": 300, "classes": 77, "margin": "target_margin", "target": "probabilities"},
     "precomputed": PLAIN | {"rows": 2000, "classes": 128, "grads": "grad_logits", "weight": "both_weights"},
     "bfloat16": FULL | {"rows": 700, "classes": 100, "dtype": torch.bfloat16},
+    "neighbors": FULL | {"rows": 700, "classes": 100, "neighbors": "silence_back", "weight": "class_weight"},
     "float64": FULL | {"rows": 700, "classes": 100, "dtype": torch.float64},
 }
 every_problem = pytest.mark.parametrize("features", PROBLEMS.values(), ids=PROBLEMS)
@@ -45,7 +46,7 @@ def threads_restored() -> Iterator[None]:
 
 
 def run(problem: Problem) -> dict[str, Tensor]:
-    return evaluate(LF.margin_cross_entropy, problem)
+    return evaluate(public, problem)
 
 
 def assert_same(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:

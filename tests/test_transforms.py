@@ -7,13 +7,14 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from oracle import definition, kernels_run
+from oracle import definition, kernels_run, public
 from problems import FEATURES, covering_set, describe, make_problem
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
 import ltkernels.functional as LF
 from ltkernels import _ops
+from ltkernels.neighbors import NeighborMap
 
 N, C = 6, 9
 
@@ -200,7 +201,7 @@ FAKE = FEATURES | {"rows": (0, 1, 4), "classes": (1, 5), "content": ("normal",)}
 def test_fake_tensors_have_the_real_shapes(features: dict) -> None:
     """Shapes, dtypes and devices of outputs and gradients without running anything; on meta tensors too."""
     problem = make_problem(features)
-    real = LF.margin_cross_entropy(problem.logits, problem.target, **problem.options)
+    real = public(problem.logits, problem.target, **problem.options)
     with FakeTensorMode() as mode, kernels_run() as ran:
         fake = call_on(mode.from_tensor, problem)
     meta = call_on(lambda x: x.to("meta"), problem)
@@ -214,8 +215,11 @@ def test_fake_tensors_have_the_real_shapes(features: dict) -> None:
 
 def call_on(convert: Callable[[Tensor], Tensor], problem) -> tuple:
     options = {name: convert(x) if isinstance(x, Tensor) else x for name, x in problem.options.items()}
+    if (neighbors := options.get("neighbors")) is not None:
+        numbers = {"num_classes": neighbors.num_classes, "num_auxiliary": neighbors.num_auxiliary}
+        options["neighbors"] = NeighborMap(*map(convert, neighbors.rows()[:2]), **numbers)
     logits = convert(problem.logits).detach().requires_grad_("logits" in problem.requires_grad)
-    outputs = LF.margin_cross_entropy(logits, convert(problem.target), **options)
+    outputs = public(logits, convert(problem.target), **options)
     gradient = torch.autograd.grad(as_tuple(outputs)[0].sum(), logits)[0] if logits.requires_grad else None
     return outputs, gradient
 
@@ -248,8 +252,11 @@ def operator_arguments(features: dict, requires_grad: bool) -> tuple:
         for name in problem.requires_grad:
             (problem.logits if name == "logits" else options[name]).requires_grad_()
     tensors = [options.get(name) for name in ORDER]
-    numbers = (options["scale"], REDUCTIONS[options["reduction"]], -100, options["label_smoothing"])
-    return (problem.logits, problem.target, *tensors, *numbers)
+    neighbors, row_class = options.get("neighbors"), options.get("row_class")
+    offsets, classes, back_from = (None, None, -1) if neighbors is None else neighbors.rows(options["mode"])
+    numbers = (options["scale"], options.get("neighbor_weight", 1.0), back_from)
+    numbers += (REDUCTIONS[options["reduction"]], -100, options["label_smoothing"])
+    return (problem.logits, problem.target, *tensors, row_class, offsets, classes, *numbers)
 
 
 @pytest.mark.slow
