@@ -4,21 +4,8 @@ A test is named ``4096x1000-float32-upstream1-ours``; ``-k`` selects. What is no
 ``-k "upstream1 and (ours or eager)"`` still times its variants in turn, and only those.
 """
 
-from __future__ import annotations
-
-import pytest
-
-from benchmarks.peers import VARIANTS
-from benchmarks.problems import Case
-from benchmarks.suite import LeftOut
+from benchmarks.margin import FAMILY  # noqa: F401  conftest makes the tests from it
 
 
-def test_forward_backward(shape, dtype, upstream, variant, suite, record):
-    case = Case(shape, dtype, upstream)
-    try:
-        measured = suite.measured(case, variant)  # asserts loss and gradient before anything is timed
-    except LeftOut as reason:
-        pytest.skip(str(reason))
-    if measured.failure is not None:
-        raise measured.failure
-    record(measured.samples, str(case), measured.extra_info(case, VARIANTS[variant], suite.device))
+def test_forward_backward(case, variant, measure):
+    measure(case, variant)

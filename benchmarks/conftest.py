@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.families import FAMILIES
 from benchmarks.interleave import Effort
-from benchmarks.peers import installed
-from benchmarks.problems import DTYPES, GPU_SHAPES, QUICK_SHAPES, SHAPES, UPSTREAMS, Case
-from benchmarks.suite import Suite
+from benchmarks.problems import Case
+from benchmarks.suite import LeftOut, Suite
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -39,35 +39,12 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if "variant" not in metafunc.fixturenames:
+    family = getattr(metafunc.module, "FAMILY", None)
+    if family is None or "variant" not in metafunc.fixturenames:
         return
-    config = metafunc.config
-    rows = [
-        (*case, variant)
-        for case in _cases(config.option.device, config.option.quick)
-        for variant in installed(config.option.device)
-        if not _leave_out(*case, variant, config)
-    ]
-    metafunc.parametrize("shape, dtype, upstream, variant", rows, ids=["-".join(row) for row in rows])
-
-
-def _cases(device: str, quick: bool) -> list[tuple[str, str, str]]:
-    # The suite measures the dtypes of a shape and upstream gradient together, and shares what a shape needs.
-    shapes = QUICK_SHAPES if quick else SHAPES
-    if device == "cuda" and not quick:
-        shapes = (*GPU_SHAPES, *reversed(SHAPES))  # should the time run out, the small ones tell least
-    return [(shape, dtype, upstream) for shape in shapes for upstream in UPSTREAMS for dtype in DTYPES]
-
-
-def _leave_out(shape: str, dtype: str, upstream: str, variant: str, config: pytest.Config) -> bool:
-    if variant.startswith("linear"):
-        return (dtype, upstream) != ("bfloat16", "upstream1")  # cut-cross-entropy takes 16-bit types only
-    if "compiled" not in variant:
-        return False
-    # Compilation is what takes the time: half of it goes for reduction="none", nearly all of a smoke run.
-    if config.option.quick:
-        return (dtype, upstream, variant) != ("float32", "upstream1", "eager-compiled")
-    return config.option.device == "cuda" and upstream == "none"
+    option = metafunc.config.option
+    rows = family.rows(option.device, option.quick)
+    metafunc.parametrize("case, variant", rows, ids=[f"{case}-{variant}" for case, variant in rows])
 
 
 @pytest.fixture(scope="session")
@@ -76,15 +53,31 @@ def suite(request: pytest.FixtureRequest) -> Suite:
     if option.device == "cuda" and not torch.cuda.is_available():
         pytest.exit("--device cuda: torch sees no NVIDIA GPU", returncode=2)
     selected = [
-        (
-            Case(*(item.callspec.params[name] for name in ("shape", "dtype", "upstream"))),
-            item.callspec.params["variant"],
-        )
+        (item.callspec.params["case"], item.callspec.params["variant"])
         for item in request.session.items
         if "variant" in getattr(item, "fixturenames", ()) and hasattr(item, "callspec")
     ]
     effort = Effort(0.1, min_rounds=3, max_rounds=5) if option.quick else Effort(option.seconds, option.min_rounds)
     return Suite(selected, effort, option.device, not option.quick, option.time_limit)
+
+
+@pytest.fixture
+def measure(suite: Suite, record) -> Callable[[Case, str], None]:
+    """What every test does."""
+
+    def measure(case: Case, variant: str) -> None:
+        try:
+            measured = suite.measured(case, variant)  # asserts loss and gradients before anything is timed
+        except LeftOut as reason:
+            pytest.skip(str(reason))
+        if measured.failure is not None:
+            raise measured.failure
+        group = f"{case.family} {case}"
+        record(
+            measured.samples, group, measured.extra_info(case, FAMILIES[case.family].variants[variant], suite.device)
+        )
+
+    return measure
 
 
 @pytest.fixture

@@ -11,6 +11,8 @@ from typing import Any, Protocol
 
 import torch
 
+LONG = 1.0  # seconds, to which memory and caches that are cold add little
+
 
 class Repeatable(Protocol):
     def reset(self) -> None:
@@ -29,12 +31,15 @@ class Effort:
     max_rounds: int = 200
 
 
-def interleave(steps: Mapping[Any, Repeatable], effort: Effort, device: str = "cpu") -> dict[Any, list[float]]:
+def interleave(
+    steps: Mapping[Any, Repeatable], effort: Effort, device: str = "cpu", warm: Mapping[Any, float] | None = None
+) -> dict[Any, list[float]]:
     """Seconds of one run of each step, once a round.
 
     The order is shuffled anew in each round, so that no step always finds the caches as the same neighbour left them.
     A short step is run several times in a row and gives the mean: one call alone is close to the clock's overhead,
-    and it would be timed with the instruction cache of another variant.
+    and it would be timed with the instruction cache of another variant. ``warm``: seconds of an earlier run; a step
+    that took long then is not warmed up again.
     """
     sample = _sample_cuda if device == "cuda" else _sample_cpu
     shortest = 5e-3 if device == "cuda" else 5e-4
@@ -46,6 +51,9 @@ def interleave(steps: Mapping[Any, Repeatable], effort: Effort, device: str = "c
     gc.disable()
     try:
         for name in order:
+            repeats[name] = 1
+            if warm and warm.get(name, 0.0) > LONG:
+                continue
             sample(steps[name], 1)  # warms up
             repeats[name] = min(25, max(1, round(shortest / sample(steps[name], 1))))
             if repeats[name] > 1:

@@ -1,4 +1,4 @@
-"""Peak memory of one forward and backward pass, beyond its inputs and the gradient that it returns.
+"""Peak memory of one forward and backward pass, beyond its inputs and the gradients that it returns.
 
 On a CPU (Linux): a process of its own for each measurement, in which the kernel's record of the largest resident set
 (VmHWM) is reset just before the pass. Every allocation of 64 KiB or more is a mapping of its own there, so that memory
@@ -12,15 +12,17 @@ import ctypes
 import multiprocessing
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from benchmarks.peers import VARIANTS, Step, Variant, compiled
-from benchmarks.problems import Case, Problem
+from benchmarks.families import FAMILIES
+from benchmarks.problems import Case
+from benchmarks.variants import Step, Variant, compiled
 
 SMALLEST = 10**6  # logits; with fewer, the answer is a matter of pages
-TIMEOUT = 120.0
+TIMEOUT = 180.0
 _M_MMAP_THRESHOLD = -3  # malloc.h
 
 
@@ -66,15 +68,15 @@ def _measure(sender, case: Case, name: str) -> None:
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
         libc.mallopt(_M_MMAP_THRESHOLD, 1 << 16)
-    sender.send(_peak(case, VARIANTS[name], getattr(libc, "malloc_trim", lambda _: None)))
+    sender.send(_peak(case, FAMILIES[case.family].variants[name], getattr(libc, "malloc_trim", lambda _: None)))
 
 
 def _peak(case: Case, variant: Variant, malloc_trim: Callable[[int], None]) -> int:
-    loss = compiled(variant.loss) if variant.compiled else variant.loss
+    family, loss = FAMILIES[case.family], compiled(variant.loss) if variant.compiled else variant.loss
     # Threads, lazily loaded code and compilation take memory once: not what is asked for here.
-    first = case if variant.compiled else Case("64x32", case.dtype, case.upstream)
-    Step(variant, first, Problem(first, blank=True), loss).run()
-    step = Step(variant, case, Problem(case, blank=True), loss)
+    first = case if variant.compiled else replace(case, shape=family.small_shape)
+    Step(variant, first, family.problem(first, "cpu", True), loss).run()
+    step = Step(variant, case, family.problem(case, "cpu", True), loss)
     malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM := VmRSS
     before = _status("VmRSS")

@@ -1,97 +1,112 @@
-"""What is measured: shapes, upstream gradients, inputs, and the exact answer that every variant has to give."""
+"""What all families of benchmarks share: cases, long-tailed inputs, and comparison with exact answers in float64."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ltkernels import margins, reference
+from benchmarks import roofline
 
-SHAPES = ("128x10", "128x100", "512x1000", "4096x1000", "8192x1000", "2048x8142", "2048x8192", "4096x8142")
-GPU_SHAPES = ("8192x32000", "8192x8192")  # 128x100 is all launch overhead on a GPU; these are all memory traffic
-QUICK_SHAPES = ("128x10",)
 DTYPES = ("float32", "bfloat16")
-# Upstream gradient 1, as in `loss.backward()`; a scaled loss, as in gradient accumulation; one value for each row.
-UPSTREAMS = ("upstream1", "half", "none")
 
-LDAM_SCALE = 30.0
 IMBALANCE = 100.0
-FEATURES = 256  # of the linear classifier in front of the loss, for peers that fuse it
 CHUNK = 1 << 16  # float64 elements that are compared at a time: the temporaries stay in the cache
 
 
 @dataclass(frozen=True)
 class Case:
-    """One row of the results: a shape, a dtype and an upstream gradient."""
+    """One row of the results: a shape, a dtype and an upstream gradient. The shape begins with N and ends with C."""
 
     shape: str
     dtype: str
     upstream: str
+    family: str = "margin"
 
     def __str__(self) -> str:
         return f"{self.shape}-{self.dtype}-{self.upstream}"
 
     @property
+    def sizes(self) -> tuple[int, ...]:
+        return tuple(map(int, self.shape.split("x")))
+
+    @property
     def rows(self) -> int:
-        return int(self.shape.split("x")[0])
+        return self.sizes[0]
 
     @property
     def classes(self) -> int:
-        return int(self.shape.split("x")[1])
+        return self.sizes[-1]
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return getattr(torch, self.dtype)
 
     @property
     def bytes(self) -> int:
-        """The least that forward and backward have to move: the logits in, the gradient out."""
-        return 2 * self.rows * self.classes * getattr(torch, self.dtype).itemsize
+        """N x C logits and their gradient: what forward and backward have to move if they start from logits."""
+        return 2 * self.rows * self.classes * self.torch_dtype.itemsize
 
     @property
     def reduction(self) -> str:
         return "none" if self.upstream == "none" else "mean"
 
 
-class Problem:
-    """Logits, cosines (LDAM takes those) or features, targets drawn from a long-tailed distribution, and its margins.
+class Problem(ABC):
+    """The inputs of one case, under the names that the variants of its family ask for.
 
     ``blank`` leaves the values out: the memory that a variant takes does not depend on them.
     """
 
-    def __init__(self, case: Case, device: str = "cpu", blank: bool = False) -> None:
-        rows, classes, dtype = case.rows, case.classes, getattr(torch, case.dtype)
-        generator, on_device = torch.Generator().manual_seed(0), torch.Generator(device).manual_seed(0)
-        exponent = torch.arange(classes, dtype=torch.float64) / (classes - 1)
-        counts = 500.0 * IMBALANCE**-exponent
-        if blank:
-            logits = cosines = torch.zeros(rows, classes, dtype=dtype, device=device)
-        else:
-            logits = torch.randn(rows, classes, generator=on_device, device=device).to(dtype)
-            cosines = (logits / 3).clamp(-1, 1)
-        features = torch.randn(rows, FEATURES, generator=on_device, device=device).to(dtype)
-        classifier = torch.randn(classes, FEATURES, generator=on_device, device=device) / FEATURES**0.5
-        self.classifier = classifier.to(dtype).requires_grad_()
-        self._leaves = {
-            "bias": logits.requires_grad_(),
-            "ldam": cosines.detach().requires_grad_(),
-            "linear": features.requires_grad_(),
-        }
-        self.target = torch.multinomial(counts, rows, replacement=True, generator=generator).to(device)
-        self.bias = margins.logit_adjustment(counts).logit_bias.to(device)
-        self.margin = margins.ldam(counts).target_margin.to(device)
-        self.row_upstream = ((torch.arange(rows) % 7 + 1) * 0.375).to(device)  # exact in bfloat16
+    def __init__(self, case: Case, device: str, counts: Tensor) -> None:
+        self.case, self.counts = case, counts.float().to(device)
+        generator = torch.Generator().manual_seed(0)
+        self.target = torch.multinomial(counts, case.rows, replacement=True, generator=generator).to(device)
+        self.row_upstream = ((torch.arange(case.rows) % 7 + 1) * 0.375).to(device)  # exact in bfloat16
 
-    @property
-    def logits(self) -> Tensor:
-        return self._leaves["bias"]
+    @abstractmethod
+    def exact(self, method: str) -> Any:
+        """The answer by the definition in float64."""
 
-    def leaf(self, method: str) -> Tensor:
-        """What the loss is computed from, and differentiated with respect to."""
-        return self._leaves[method]
+    @abstractmethod
+    def errors(self, case: Case, exact: Any, loss: Tensor, gradients: Sequence[Tensor]) -> tuple[float, float]:
+        """The largest errors of loss and gradients, relative to the largest loss and the largest gradient."""
+
+    # The rates that variants are held against: what each step does in billions, and of what.
+
+    unit = "gb_per_s"
+
+    def work(self) -> float:
+        return self.case.bytes * 1e-9
+
+    @abstractmethod
+    def roofline(self) -> dict[str, Any]:
+        """Steps that do as much, by name."""
+
+    def info(self, inputs: Sequence[str]) -> dict[str, Any]:
+        """What else is to be recorded about a variant that takes these inputs."""
+        return {}
 
 
-# ----------------------------------------------------------------------------------------------------------- exactness
+def long_tail(classes: int) -> Tensor:
+    """Training samples of each class, in float64."""
+    exponent = torch.arange(classes, dtype=torch.float64) / (classes - 1)
+    return 500.0 * IMBALANCE**-exponent
+
+
+def random_matrix(case: Case, rows: int, columns: int, device: str, blank: bool, seed: int = 0) -> Tensor:
+    if blank:
+        return torch.zeros(rows, columns, dtype=case.torch_dtype, device=device)
+    generator = torch.Generator(device).manual_seed(seed)
+    return torch.randn(rows, columns, generator=generator, device=device).to(case.torch_dtype)
+
+
+# ------------------------------------------------------------------------------------------------- losses over logits
 
 
 @dataclass(frozen=True)
@@ -99,44 +114,44 @@ class Exact:
     """Loss of each row and its gradient by the definition in float64."""
 
     row_loss: Tensor  # (N,)
-    row_gradient: Tensor  # (N, C), or (N, features)
+    row_gradient: Tensor  # (N, C)
 
 
-def exact_answer(problem: Problem, method: str) -> Exact:
-    """The definition of the library, in float64, a few rows at a time."""
-    x, target = problem.leaf(method).detach(), problem.target
-    classifier = problem.classifier.detach().double() if method == "linear" else None
+class RowProblem(Problem):
+    """A loss over N x C logits: no row needs another, so the definition runs a few rows at a time."""
+
+    logits: Tensor
+
+    def roofline(self) -> dict[str, Any]:
+        return roofline.steps(self.logits)
+
+    def errors(self, case: Case, exact: Exact, loss: Tensor, gradients: Sequence[Tensor]) -> tuple[float, float]:
+        (gradient,) = gradients
+        n = case.rows
+        upstream = self.row_upstream.double() if case.upstream == "none" else torch.ones_like(exact.row_loss) / n
+        if case.upstream == "half":
+            upstream = upstream / 2
+        wanted = exact.row_loss if case.reduction == "none" else exact.row_loss.mean()
+        loss_error = (loss.double() - wanted).abs().max() / wanted.abs().max()
+        worst, largest = torch.zeros(2, dtype=torch.float64, device=gradient.device)
+        with _one_thread():
+            for rows in _row_blocks(gradient):
+                answer = exact.row_gradient[rows] * upstream[rows, None]
+                worst = torch.maximum(worst, (gradient[rows].double() - answer).abs().max())  # NaN stays NaN
+                largest = torch.maximum(largest, answer.abs().max())
+        return loss_error.item(), (worst / largest).item()
+
+
+def exact_rows(x: Tensor, row_loss: Callable[[Tensor, slice], Tensor]) -> Exact:
+    """``row_loss(x[rows] in float64, rows)`` gives the losses of some rows by the definition."""
     losses, gradient = [], torch.empty_like(x, dtype=torch.float64)
-    bias = problem.bias.double() if method != "ldam" else None
-    margin = problem.margin.double() if method == "ldam" else None
-    scale = LDAM_SCALE if method == "ldam" else 1.0
     with _one_thread():
-        for rows in _row_blocks(problem.logits):
-            block = x[rows].double().requires_grad_()
-            logits = block if classifier is None else block @ classifier.T
-            loss, _ = reference.margin_softmax(
-                logits, target[rows], None, None, bias, margin, None, None, None, scale, "none", -100, 0.0
-            )
+        for rows in _row_blocks(x):
+            block = x[rows].detach().double().requires_grad_()
+            loss = row_loss(block, rows)
             (gradient[rows],) = torch.autograd.grad(loss.sum(), block)
             losses.append(loss.detach())
     return Exact(torch.cat(losses), gradient)
-
-
-def errors(case: Case, problem: Problem, exact: Exact, loss: Tensor, gradient: Tensor) -> tuple[float, float]:
-    """The largest errors of loss and gradient, relative to the largest loss and the largest gradient."""
-    n = case.rows
-    upstream = problem.row_upstream.double() if case.upstream == "none" else torch.ones_like(exact.row_loss) / n
-    if case.upstream == "half":
-        upstream = upstream / 2
-    wanted = exact.row_loss if case.reduction == "none" else exact.row_loss.mean()
-    loss_error = (loss.double() - wanted).abs().max() / wanted.abs().max()
-    worst, largest = torch.zeros(2, dtype=torch.float64, device=gradient.device)
-    with _one_thread():
-        for rows in _row_blocks(gradient):
-            answer = exact.row_gradient[rows] * upstream[rows, None]
-            worst = torch.maximum(worst, (gradient[rows].double() - answer).abs().max())  # NaN stays NaN
-            largest = torch.maximum(largest, answer.abs().max())
-    return loss_error.item(), (worst / largest).item()
 
 
 @contextmanager

@@ -9,17 +9,16 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 
-from benchmarks import memory, roofline
+from benchmarks import memory
+from benchmarks.families import FAMILIES
 from benchmarks.interleave import Effort, interleave
-from benchmarks.peers import VARIANTS, Step, Variant, compiled
-from benchmarks.problems import DTYPES, Case, Exact, Problem, errors, exact_answer
-
-# Both dtypes: logits, cosines, exact gradients in float64 of both methods, and what plain torch takes for a pass.
-BYTES_PER_LOGIT = 72
+from benchmarks.problems import DTYPES, Case, Problem
+from benchmarks.variants import Step, Variant, compiled
 
 
 class LeftOut(Exception):
@@ -34,25 +33,33 @@ class Measured:
     loss_error: float | None = None
     gradient_error: float | None = None
     peak_memory: int | None = None
-    roofline: dict[str, float] = field(default_factory=dict)  # bytes per second by name
+    # In the problem's unit: the rate of the variant and, by name, those that it is held against.
+    rate: dict[str, float] = field(default_factory=dict)
+    roofline: dict[str, float] = field(default_factory=dict)
+    info: dict[str, Any] = field(default_factory=dict)
+    seconds_of_check: float = 0.0
     failure: BaseException | None = None
 
     def extra_info(self, case: Case, variant: Variant, device: str) -> dict:
-        gigabytes = case.bytes * 1e-9
         return {
+            "family": case.family,
             "shape": case.shape,
             "dtype": case.dtype,
             "upstream": case.upstream,
             "variant": variant.name,
             "device": device,
             "bytes": case.bytes,
-            # Not for a linear classifier, which does not start from logits.
-            "gb_per_s": None if variant.method == "linear" else gigabytes / statistics.median(self.samples),
-            **{f"{name}_gb_per_s": rate * 1e-9 for name, rate in self.roofline.items()},
+            **self.rate,
+            **self.roofline,
+            **self.info,
             "peak_memory_bytes": self.peak_memory,
             "loss_error": self.loss_error,
             "gradient_error": self.gradient_error,
         }
+
+
+def _group(case: Case) -> tuple[str, str, str]:
+    return case.family, case.shape, case.upstream
 
 
 class Suite:
@@ -70,20 +77,20 @@ class Suite:
         self.device = device
         self._effort, self._measure_memory = effort, measure_memory
         self._deadline = time.monotonic() + time_limit
-        self._group: tuple[str, str] | None = None  # (shape, upstream) of _measured
+        self._group: tuple[str, str, str] | None = None  # (family, shape, upstream) of _measured
         self._measured: dict[tuple[Case, str], Measured] = {}
-        self._shape: str | None = None  # of everything below
+        self._shape: tuple[str, str] | None = None  # (family, shape) of everything below
         self._problems: dict[str, Problem] = {}
-        self._exact: dict[tuple[str, str], Exact] = {}
+        self._exact: dict[tuple[str, str], Any] = {}
         self._compiled: dict[tuple[str, str, str], object] = {}
 
     def measured(self, case: Case, name: str) -> Measured:
-        group = (case.shape, case.upstream)
+        group = _group(case)
         if group != self._group:
             if time.monotonic() > self._deadline:
                 raise LeftOut("the time limit has passed")
             self._group, self._measured = None, {}
-            self._measure([(c, n) for c, n in self._selected if (c.shape, c.upstream) == group])
+            self._measure([(c, n) for c, n in self._selected if _group(c) == group])
             self._group = group
         return self._measured[case, name]
 
@@ -95,38 +102,48 @@ class Suite:
         for case, name in selected:
             result = self._measured[case, name] = Measured()
             try:
-                step = self._step(case, VARIANTS[name])
-                self._check(case, VARIANTS[name], step, result)
+                variant = FAMILIES[case.family].variants[name]
+                step = self._step(case, variant)
+                self._check(case, variant, step, result)
                 steps[case, name] = step
             except Exception as failure:  # a wrong variant fails its own test, not those of the others
                 result.failure = failure
         rates = {
             (case, name): step
             for case in dict.fromkeys(case for case, _ in steps)
-            for name, step in roofline.steps(self._problems[case.dtype].logits).items()
+            for name, step in self._problems[case.dtype].roofline().items()
         }
-        samples = interleave({**rates, **steps}, self._effort, self.device)
+        effort = FAMILIES[selected[0][0].family].effort(selected[0][0], self._effort, self.device)
+        warm = {key: self._measured[key].seconds_of_check for key in steps}
+        samples = interleave({**rates, **steps}, effort, self.device, warm)
         for case, name in steps:
-            result = self._measured[case, name]
+            result, variant = self._measured[case, name], FAMILIES[case.family].variants[name]
+            problem = self._problems[case.dtype]
             result.samples = samples[case, name]
+            result.rate = {problem.unit: problem.work() / statistics.median(samples[case, name])}
             result.roofline = {
-                rate: case.bytes / statistics.median(samples[of, rate]) for of, rate in rates if of == case
+                f"{rate}_{problem.unit}": problem.work() / statistics.median(samples[of, rate])
+                for of, rate in rates
+                if of == case
             }
-            if self._measure_memory and memory.measurable(case, VARIANTS[name], self.device):
-                result.peak_memory = self._peak_memory(case, VARIANTS[name], steps[case, name])
+            result.info = problem.info(variant.inputs)
+            if self._measure_memory and memory.measurable(case, variant, self.device):
+                result.peak_memory = self._peak_memory(case, variant, steps[case, name])
 
     def _check(self, case: Case, variant: Variant, step: Step, result: Measured) -> None:
         """Asserts that loss and gradient are right."""
         problem = self._problems[case.dtype]
         step.reset()
+        start = time.perf_counter()
         loss = step.run().detach()
-        gradient = step.leaf.grad
-        assert gradient.dtype == step.leaf.dtype and gradient.shape == step.leaf.shape
-        result.loss_error, result.gradient_error = errors(
-            case, problem, self._exact_answer(case, variant.method), loss, gradient
-        )
+        # Compilation is no part of a pass: what a compiled variant takes is not known yet.
+        result.seconds_of_check = 0.0 if variant.compiled else time.perf_counter() - start
+        for leaf, gradient in zip(step.leaves, step.gradients, strict=True):
+            assert gradient.dtype == leaf.dtype and gradient.shape == leaf.shape
+        exact = self._exact_answer(case, variant.method)
+        result.loss_error, result.gradient_error = problem.errors(case, exact, loss, step.gradients)
         step.reset()
-        tolerances = variant.tolerances(problem.logits.dtype)
+        tolerances = variant.tolerances(case.torch_dtype)
         assert result.loss_error <= tolerances[0], f"loss: relative error {result.loss_error:.2g}"
         assert result.gradient_error <= tolerances[1], f"gradient: relative error {result.gradient_error:.2g}"
 
@@ -136,25 +153,26 @@ class Suite:
     # What the groups of one shape share
 
     def _use_shape(self, case: Case) -> None:
-        if case.shape == self._shape:
+        if (case.family, case.shape) == self._shape:
             return
         self._shape = None
         for shared in (self._problems, self._exact, self._compiled):
             shared.clear()
         torch._dynamo.reset()
         if self.device == "cuda":
-            needed = case.rows * case.classes * BYTES_PER_LOGIT
+            needed = case.rows * case.classes * FAMILIES[case.family].bytes_per_logit
             if torch.cuda.mem_get_info()[0] < needed:
                 raise LeftOut(f"needs {needed / 1e9:.0f} GB of GPU memory")
         for dtype in DTYPES:
-            if any(c.shape == case.shape and c.dtype == dtype for c, _ in self._selected):
-                self._problems[dtype] = Problem(Case(case.shape, dtype, case.upstream), self.device)
-        self._shape = case.shape
+            one = replace(case, dtype=dtype)
+            if any((c.family, c.shape, c.dtype) == (one.family, one.shape, dtype) for c, _ in self._selected):
+                self._problems[dtype] = FAMILIES[case.family].problem(one, self.device, False)
+        self._shape = (case.family, case.shape)
 
-    def _exact_answer(self, case: Case, method: str) -> Exact:
+    def _exact_answer(self, case: Case, method: str) -> Any:
         key = (case.dtype, method)
         if key not in self._exact:
-            self._exact[key] = exact_answer(self._problems[case.dtype], method)
+            self._exact[key] = self._problems[case.dtype].exact(method)
         return self._exact[key]
 
     def _step(self, case: Case, variant: Variant) -> Step:
