@@ -99,7 +99,7 @@ void check_class_numbers(const char* name, const at::Tensor& x, const at::Tensor
   check_device(name, x, logits);
 }
 
-void check_neighbors(LTK_MARGIN_TENSOR_PARAMETERS) {
+void check_neighbors(LTK_MARGIN_PARAMETERS) {
   TORCH_CHECK_VALUE(
       neighbor_offsets.has_value() == neighbor_classes.has_value(),
       "neighbor_offsets, neighbor_classes: expected both or neither");
@@ -136,7 +136,7 @@ void check_neighbors(LTK_MARGIN_TENSOR_PARAMETERS) {
 
 }  // namespace
 
-void check_margin_softmax(LTK_MARGIN_TENSOR_PARAMETERS, int64_t ignore_index, double label_smoothing) {
+void check_margin_softmax(LTK_MARGIN_PARAMETERS) {
   check_logits(logits);
   check_target(logits, target, ignore_index, pairwise_margin.has_value());
   check_vector("weight", weight, logits, 1, false);
@@ -146,7 +146,7 @@ void check_margin_softmax(LTK_MARGIN_TENSOR_PARAMETERS, int64_t ignore_index, do
   check_vector("sample_weight", sample_weight, logits, 0, false);
   check_pairwise(pairwise_margin, logits);
   check_mask(mask, logits);
-  check_neighbors(LTK_MARGIN_TENSOR_ARGUMENTS);
+  check_neighbors(LTK_MARGIN_ARGUMENTS);
   TORCH_CHECK_VALUE(std::isfinite(scale) && scale > 0, "scale: expected a finite number above 0, got ", scale);
   TORCH_CHECK_VALUE(
       label_smoothing >= 0 && label_smoothing <= 1, "label_smoothing: expected a number in [0, 1], got ",

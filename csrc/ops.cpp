@@ -3,8 +3,10 @@
 //   margin_softmax         public operation: checks, forward, autograd node. Called by ltkernels.functional.
 //   margin_softmax_fwd     statistics of each row and the reduced loss; with_grad: also the gradient for upstream 1.
 //   margin_softmax_bwd     gradients recomputed from the logits and the row statistics.
+//   margin_softmax_fwd_    fwd with the gradient in place of the logits: for logits that nobody else can see.
 //   margin_softmax_scale_  gradient *= upstream gradient, in place.
 //   margin_softmax_check   the argument checks alone, for the plain-torch definition.
+//   linear_margin_softmax  linear classifier and margin_softmax in row chunks, with _fwd and _bwd: linear_ops.cpp.
 //
 // fwd, bwd and scale_ have a kernel per device: C++ for CPU (cpu/), Triton for CUDA and shapes for tracing
 // (ltkernels/_ops.py). Under vmap each has a batching rule (ltkernels/_vmap.py).
@@ -19,7 +21,8 @@
 #include <mutex>
 
 #include "autograd_node.h"
-#include "margin_softmax_op.h"
+#include "margin_options.h"
+#include "precomputed_gradient.h"
 
 namespace ltkernels {
 namespace {
@@ -41,17 +44,26 @@ TORCH_LIBRARY(ltkernels, m) {
       "margin_softmax_bwd(Tensor grad_loss, Tensor? grad_lse, Tensor stats, " LTK_MARGIN_SCHEMA
       ", int grads) -> (Tensor grad_logits, Tensor grad_class, Tensor grad_pairwise)",
       {at::Tag::pt2_compliant_tag});
-  m.def("margin_softmax_scale_(Tensor(a!) grad, Tensor grad_output) -> ()", {at::Tag::pt2_compliant_tag});
   m.def(
-      "margin_softmax_check(Tensor logits, Tensor target, Tensor? weight, Tensor? logit_scale, Tensor? logit_bias, "
-      "Tensor? target_margin, Tensor? pairwise_margin, Tensor? mask, Tensor? sample_weight, Tensor? row_class, "
-      "Tensor? neighbor_offsets, Tensor? neighbor_classes, float scale, float neighbor_weight, int back_from, "
-      "int ignore_index, float label_smoothing) -> ()");
-}
-
-template <typename Signature>
-auto typed_operator(const char* name) {
-  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
+      "margin_softmax_fwd_(Tensor(a!) logits, " LTK_MARGIN_OPTION_SCHEMA ") -> (Tensor loss, Tensor stats)",
+      {at::Tag::pt2_compliant_tag});
+  m.def("margin_softmax_scale_(Tensor(a!) grad, Tensor grad_output) -> ()", {at::Tag::pt2_compliant_tag});
+  m.def("margin_softmax_check(" LTK_MARGIN_SCHEMA ") -> ()");
+  m.def(
+      "linear_margin_softmax(" LTK_LINEAR_SCHEMA
+      ", bool return_lse, int predict) -> "
+      "(Tensor loss, Tensor lse, Tensor row_loss, Tensor predicted)",
+      {at::Tag::pt2_compliant_tag});
+  m.def(
+      "linear_margin_softmax_fwd(" LTK_LINEAR_SCHEMA
+      ", int predict, int grads) -> (Tensor loss, Tensor stats, "
+      "Tensor predicted, Tensor grad_input, Tensor grad_weight, Tensor grad_bias)",
+      {at::Tag::pt2_compliant_tag});
+  m.def(
+      "linear_margin_softmax_bwd(Tensor grad_loss, Tensor? grad_lse, Tensor stats, " LTK_LINEAR_SCHEMA
+      ", int grads) -> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias, Tensor grad_class, "
+      "Tensor grad_pairwise)",
+      {at::Tag::pt2_compliant_tag});
 }
 
 ThreeTensors call_fwd(LTK_MARGIN_PARAMETERS, bool with_grad) {
@@ -68,69 +80,7 @@ ThreeTensors call_bwd(
   return op.call(grad_loss, grad_lse, stats, LTK_MARGIN_ARGUMENTS, grads);
 }
 
-void call_scale_(Tensor grad, const Tensor& grad_output) {
-  static const auto op = typed_operator<void(Tensor, const Tensor&)>("ltkernels::margin_softmax_scale_");
-  op.call(std::move(grad), grad_output);
-}
-
-bool requires_grad(const OptionalTensor& x) { return x.has_value() && x->defined() && x->requires_grad(); }
-
-Tensor value_or_undefined(const OptionalTensor& x) { return x.has_value() ? *x : Tensor(); }
-
-OptionalTensor unpack_optional(const SavedVariable& saved) {
-  Tensor x = saved.unpack();
-  return x.defined() ? OptionalTensor(std::move(x)) : std::nullopt;
-}
-
 // ------------------------------------------------------------------------------------------------------ autograd node
-
-// What a gradient is recomputed from.
-struct UnpackedArguments {
-  Tensor logits, target, stats, loss;
-  OptionalTensor weight, logit_scale, logit_bias, target_margin, pairwise_margin, mask, sample_weight, row_class,
-      neighbor_offsets, neighbor_classes;
-};
-
-struct SavedArguments {
-  SavedVariable logits, target, stats, loss;
-  SavedVariable weight, logit_scale, logit_bias, target_margin, pairwise_margin, mask, sample_weight, row_class,
-      neighbor_offsets, neighbor_classes;
-
-  SavedArguments(LTK_MARGIN_TENSOR_PARAMETERS, const Tensor& stats, const Tensor& loss)
-      : logits(logits, false),
-        target(target, false),
-        stats(stats, false),
-        loss(loss, false),
-        weight(value_or_undefined(weight), false),
-        logit_scale(value_or_undefined(logit_scale), false),
-        logit_bias(value_or_undefined(logit_bias), false),
-        target_margin(value_or_undefined(target_margin), false),
-        pairwise_margin(value_or_undefined(pairwise_margin), false),
-        mask(value_or_undefined(mask), false),
-        sample_weight(value_or_undefined(sample_weight), false),
-        row_class(value_or_undefined(row_class), false),
-        neighbor_offsets(value_or_undefined(neighbor_offsets), false),
-        neighbor_classes(value_or_undefined(neighbor_classes), false) {}
-
-  // Once a backward pass: hooks may recompute what they unpack, and torch.utils.checkpoint forbids a second time.
-  UnpackedArguments unpack() const {
-    return {
-        .logits = logits.unpack(),
-        .target = target.unpack(),
-        .stats = stats.unpack(),
-        .loss = loss.unpack(),
-        .weight = unpack_optional(weight),
-        .logit_scale = unpack_optional(logit_scale),
-        .logit_bias = unpack_optional(logit_bias),
-        .target_margin = unpack_optional(target_margin),
-        .pairwise_margin = unpack_optional(pairwise_margin),
-        .mask = unpack_optional(mask),
-        .sample_weight = unpack_optional(sample_weight),
-        .row_class = unpack_optional(row_class),
-        .neighbor_offsets = unpack_optional(neighbor_offsets),
-        .neighbor_classes = unpack_optional(neighbor_classes)};
-  }
-};
 
 // Inputs: the upstream gradients of loss and, if it was returned, lse. Outputs, in this order: gradients to logits,
 // logit_scale, logit_bias, target_margin, pairwise_margin, sample_weight.
@@ -140,18 +90,17 @@ struct SavedArguments {
 struct MarginSoftmaxBackward : public torch::autograd::Node {
   enum Output { kLogits, kLogitScale, kLogitBias, kTargetMargin, kPairwiseMargin, kSampleWeight, kOutputs };
 
-  std::optional<SavedArguments> saved_;  // unless the gradient to the logits is all there is
-  SavedVariable grad_;                   // if precomputed_
-  double scale_ = 1, neighbor_weight_ = 1, label_smoothing_ = 0;
-  int64_t back_from_ = 0, reduction_ = kMean, ignore_index_ = -100;
+  std::optional<SavedMarginOptions> options_;  // unless the gradient to the logits is all there is
+  SavedVariable logits_, stats_, loss_;        // as far as the options say
+  SavedVariable grad_;                         // if precomputed_
   bool precomputed_ = false;
 
   std::string name() const override { return "MarginSoftmaxBackward"; }
 
   void release_variables() override {
     const std::lock_guard<std::mutex> lock(mutex_);
-    saved_.reset();
-    grad_.reset_data();
+    options_.reset();
+    for (SavedVariable* saved : {&logits_, &stats_, &loss_, &grad_}) saved->reset_data();
     released_ = true;
   }
 
@@ -162,11 +111,16 @@ struct MarginSoftmaxBackward : public torch::autograd::Node {
     const bool lse_used = upstream.size() > 1 && upstream[1].defined();
     if (!upstream[0].defined() && !lse_used) return grads;
     const bool sample_weight_wanted = task_should_compute_output(kSampleWeight) && upstream[0].defined();
-    if (precomputed_ && task_should_compute_output(kLogits)) grads[kLogits] = scale_precomputed(upstream[0]);
+    if (precomputed_ && task_should_compute_output(kLogits)) grads[kLogits] = times_upstream(grad_, upstream[0]);
     if (!precomputed_ || sample_weight_wanted) {
-      const UnpackedArguments saved = saved_->unpack();
-      if (!precomputed_) recompute(saved, upstream[0], lse_used ? OptionalTensor(upstream[1]) : std::nullopt, grads);
-      if (sample_weight_wanted) grads[kSampleWeight] = sample_weight_gradient(saved, upstream[0]);
+      const MarginOptions options = options_->unpack();
+      const Tensor stats = stats_.unpack();
+      if (!precomputed_) {
+        recompute(options, stats, upstream[0], lse_used ? OptionalTensor(upstream[1]) : std::nullopt, grads);
+      }
+      if (sample_weight_wanted) {
+        grads[kSampleWeight] = sample_weight_gradient(options, stats.select(0, 2), loss_.unpack(), upstream[0]);
+      }
     }
     if (at::GradMode::is_enabled()) {
       torch::autograd::edge_list edges = next_edges();
@@ -181,83 +135,28 @@ struct MarginSoftmaxBackward : public torch::autograd::Node {
  private:
   bool released_ = false;
 
-  // In place if nobody can see the memory again: the graph is not retained and holds the only reference.
-  Tensor scale_precomputed(const Tensor& upstream) {
-    Tensor grad = grad_.unpack();
-    const bool last_use = !torch::autograd::get_current_graph_task_keep_graph();
-    if (last_use && !at::GradMode::is_enabled() && !at::isTensorSubclassLike(grad) &&
-        !at::isTensorSubclassLike(upstream)) {
-      grad_.reset_data();
-      if (grad.use_count() == 1 && grad.storage().use_count() == 1) {
-        const at::AutoDispatchBelowADInplaceOrView guard;  // not through autograd's boxed fallback
-        call_scale_(grad, upstream);
-        return grad;
-      }
-    }
-    return grad.mul(upstream);
-  }
-
   void recompute(
-      const UnpackedArguments& saved, const Tensor& upstream, const OptionalTensor& upstream_lse,
+      const MarginOptions& options, const Tensor& stats, const Tensor& upstream, const OptionalTensor& upstream_lse,
       variable_list& grads) {
-    const bool class_wanted = task_should_compute_output(kLogitScale) || task_should_compute_output(kLogitBias) ||
-                              task_should_compute_output(kTargetMargin);
+    const bool scale = task_should_compute_output(kLogitScale), bias = task_should_compute_output(kLogitBias),
+               margin = task_should_compute_output(kTargetMargin);
     int64_t wanted = 0;
     if (task_should_compute_output(kLogits)) wanted |= kGradLogits;
-    if (class_wanted) wanted |= kGradClass;
+    if (scale || bias || margin) wanted |= kGradClass;
     if (task_should_compute_output(kPairwiseMargin)) wanted |= kGradPairwise;
     if (wanted == 0) return;
-    const Tensor grad_loss = upstream.defined() ? upstream : at::zeros_symint({}, saved.stats.options());
-    const auto [grad_logits, grad_class, grad_pairwise] = call_bwd(
-        grad_loss, upstream_lse, saved.stats, saved.logits, saved.target, saved.weight, saved.logit_scale,
-        saved.logit_bias, saved.target_margin, saved.pairwise_margin, saved.mask, saved.sample_weight, saved.row_class,
-        saved.neighbor_offsets, saved.neighbor_classes, scale_, neighbor_weight_, back_from_, reduction_, ignore_index_,
-        label_smoothing_, wanted);
+    const Tensor grad_loss = upstream.defined() ? upstream : at::zeros_symint({}, stats.options());
+    const auto [grad_logits, sums, pairwise] =
+        call_bwd(grad_loss, upstream_lse, stats, logits_.unpack(), LTK_OPTIONS_OF(options), wanted);
     if (wanted & kGradLogits) grads[kLogits] = grad_logits;
-    if (task_should_compute_output(kLogitScale)) {
-      const Tensor da = grad_class.select(0, 0);
-      grads[kLogitScale] = (saved.logit_scale->dim() == 0 ? da.sum() : da).to(saved.logit_scale->scalar_type());
-    }
-    if (task_should_compute_output(kLogitBias)) {
-      grads[kLogitBias] = grad_class.select(0, 1).to(saved.logit_bias->scalar_type());
-    }
-    if (task_should_compute_output(kTargetMargin)) {
-      grads[kTargetMargin] = grad_class.select(0, 2).to(saved.target_margin->scalar_type());
-    }
-    if (wanted & kGradPairwise) grads[kPairwiseMargin] = grad_pairwise.to(saved.pairwise_margin->scalar_type());
-  }
-
-  // du_i = upstream_i * r_i, or upstream * (r_i - k_i * loss) / Z under a mean with Z = sum_i u_i k_i; 0 if ignored.
-  Tensor sample_weight_gradient(const UnpackedArguments& saved, const Tensor& upstream) const {
-    const Tensor row_loss = saved.stats.select(0, 2);
-    const Tensor& u = *saved.sample_weight;
-    const bool indices = !saved.target.is_floating_point();
-    // As int64: -100 does not fit every integer dtype.
-    const Tensor index = indices ? saved.target.to(at::kLong) : Tensor();
-    const Tensor kept = indices ? index.ne(ignore_index_) : Tensor();
-    Tensor grad = upstream * row_loss;
-    if (reduction_ == kMean) {
-      Tensor k = at::ones_like(row_loss);
-      if (indices && saved.weight.has_value()) {
-        k = saved.weight->to(k.scalar_type()).index_select(0, index.mul(kept));
-      }
-      if (indices) k = k * kept;
-      const Tensor normalizer = (u.to(k.scalar_type()) * k).sum();
-      grad = upstream * (row_loss - k * saved.loss) / normalizer;
-    }
-    // Not a product with `kept`: the loss may be NaN.
-    return (indices ? at::where(kept, grad, 0) : grad).to(u.scalar_type());
+    ClassGradients of_class =
+        class_gradients(options, sums, wanted & kGradPairwise ? pairwise : Tensor(), scale, bias, margin);
+    grads[kLogitScale] = std::move(of_class.logit_scale);
+    grads[kLogitBias] = std::move(of_class.logit_bias);
+    grads[kTargetMargin] = std::move(of_class.target_margin);
+    grads[kPairwiseMargin] = std::move(of_class.pairwise_margin);
   }
 };
-
-void forbid_forward_mode(std::initializer_list<Tensor> inputs) {
-  for (const Tensor& x : inputs) {
-    TORCH_CHECK_NOT_IMPLEMENTED(
-        !torch::autograd::isFwGradDefined(x),
-        "margin_cross_entropy does not implement forward-mode differentiation; use reverse mode, or "
-        "LTKERNELS_BACKEND=reference.");
-  }
-}
 
 Tensor lse_of(const Tensor& stats, bool return_lse) {
   return return_lse ? stats.select(0, 0) + stats.select(0, 1) : at::empty_symint({0}, stats.options());
@@ -265,21 +164,23 @@ Tensor lse_of(const Tensor& stats, bool return_lse) {
 
 // Below autograd, and for tensors that never record a graph.
 std::tuple<Tensor, Tensor> margin_softmax_plain(LTK_MARGIN_PARAMETERS, bool return_lse) {
-  check_margin_softmax(LTK_MARGIN_TENSOR_ARGUMENTS, ignore_index, label_smoothing);
+  check_margin_softmax(LTK_MARGIN_ARGUMENTS);
   const auto [loss, stats, grad] = call_fwd(LTK_MARGIN_ARGUMENTS, /*with_grad=*/false);
   return {loss, lse_of(stats, return_lse)};
 }
 
 std::tuple<Tensor, Tensor> margin_softmax_autograd(LTK_MARGIN_PARAMETERS, bool return_lse) {
-  check_margin_softmax(LTK_MARGIN_TENSOR_ARGUMENTS, ignore_index, label_smoothing);
+  check_margin_softmax(LTK_MARGIN_ARGUMENTS);
   const Tensor a = value_or_undefined(logit_scale), b = value_or_undefined(logit_bias),
                m = value_or_undefined(target_margin), delta = value_or_undefined(pairwise_margin),
                u = value_or_undefined(sample_weight);
-  forbid_forward_mode({logits, a, b, m, delta, u});
+  forbid_forward_mode("margin_cross_entropy", {logits, a, b, m, delta, u});
   const bool needs_graph = torch::autograd::compute_requires_grad(logits, a, b, m, delta, u);
   const bool class_grads = requires_grad(logit_scale) || requires_grad(logit_bias) || requires_grad(target_margin) ||
                            requires_grad(pairwise_margin);
-  const bool precompute = needs_graph && logits.requires_grad() && reduction != kNone && !return_lse && !class_grads;
+  // Not for float16: gradients below its smallest numbers would be gone before a loss scale multiplies them.
+  const bool precompute = needs_graph && logits.requires_grad() && reduction != kNone && !return_lse && !class_grads &&
+                          logits.scalar_type() != at::kHalf;
 
   Tensor loss, stats, grad;
   {
@@ -294,17 +195,11 @@ std::tuple<Tensor, Tensor> margin_softmax_autograd(LTK_MARGIN_PARAMETERS, bool r
   if (precompute) node->grad_ = SavedVariable(grad, false);
   const bool u_requires_grad = requires_grad(sample_weight);
   if (!precompute || u_requires_grad) {
-    node->scale_ = scale;
-    node->neighbor_weight_ = neighbor_weight;
-    node->back_from_ = back_from;
-    node->reduction_ = reduction;
-    node->ignore_index_ = ignore_index;
-    node->label_smoothing_ = label_smoothing;
+    node->options_.emplace(MarginOptions{LTK_MARGIN_OPTION_ARGUMENTS});
+    node->stats_ = SavedVariable(stats, false);
     // The logits may be modified after a precomputed gradient: do not hold on to them.
-    node->saved_.emplace(
-        precompute ? Tensor() : logits, target, weight, logit_scale, logit_bias, target_margin, pairwise_margin, mask,
-        sample_weight, row_class, neighbor_offsets, neighbor_classes, scale, neighbor_weight, back_from, stats,
-        u_requires_grad && reduction == kMean ? loss.detach() : Tensor());
+    if (!precompute) node->logits_ = SavedVariable(logits, false);
+    if (u_requires_grad && reduction == kMean) node->loss_ = SavedVariable(loss.detach(), false);
   }
   Tensor lse;
   {
@@ -320,7 +215,7 @@ std::tuple<Tensor, Tensor> margin_softmax_autograd(LTK_MARGIN_PARAMETERS, bool r
 
 template <typename... Inputs>
 ThreeTensors mark_differentiable_once(const char* name, ThreeTensors results, const Inputs&... inputs) {
-  forbid_forward_mode({inputs...});
+  forbid_forward_mode("margin_cross_entropy", {inputs...});
   if (torch::autograd::compute_requires_grad(inputs...)) {
     const auto& [first, second, third] = results;
     differentiable_once(name, {first, second, third}, torch::autograd::collect_next_edges(inputs...));
@@ -353,9 +248,7 @@ ThreeTensors margin_softmax_bwd_autograd(
       value_or_undefined(pairwise_margin), value_or_undefined(sample_weight));
 }
 
-void margin_softmax_check(LTK_MARGIN_TENSOR_PARAMETERS, int64_t ignore_index, double label_smoothing) {
-  check_margin_softmax(LTK_MARGIN_TENSOR_ARGUMENTS, ignore_index, label_smoothing);
-}
+void margin_softmax_check(LTK_MARGIN_PARAMETERS) { check_margin_softmax(LTK_MARGIN_ARGUMENTS); }
 
 TORCH_LIBRARY_IMPL(ltkernels, Autograd, m) {
   m.impl("margin_softmax", &margin_softmax_autograd);

@@ -31,6 +31,11 @@ margin_softmax_direct = _C.direct(margin_softmax)
 
 GRAD_LOGITS, GRAD_CLASS, GRAD_PAIRWISE = 1, 2, 4  # bits of margin_softmax_bwd's `grads`, as in margin_softmax_op.h
 
+# Bits of linear_margin_softmax_fwd's and _bwd's `grads`, as in linear_margin_softmax.h.
+GRAD_INPUT, GRAD_WEIGHT, GRAD_BIAS, GRAD_CLASSES, GRAD_PAIRS = 1, 2, 4, 8, 16
+
+linear_margin_softmax = torch.ops.ltkernels.linear_margin_softmax.default
+
 
 def uses_kernel(x: Tensor) -> bool:
     """Whether a kernel, not the definition in reference.py, serves tensors on the device of ``x``."""
@@ -82,6 +87,49 @@ def _(
     )
 
 
+@torch.library.register_fake("ltkernels::margin_softmax_fwd_")
+def _(
+    logits, target, weight, logit_scale, logit_bias, target_margin, pairwise_margin, mask, sample_weight, row_class,
+    neighbor_offsets, neighbor_classes, scale, neighbor_weight, back_from, reduction, ignore_index, label_smoothing,
+):  # fmt: skip
+    rows = logits.shape[0]
+    acc = _accumulation_dtype(logits)
+    return logits.new_empty((rows,) if reduction == 0 else (), dtype=acc), logits.new_empty((3, rows), dtype=acc)
+
+
+@torch.library.register_fake("ltkernels::linear_margin_softmax_fwd")
+def _(input, linear_weight, linear_bias, cosine, chunk_rows, *options):
+    *_, reduction, _, _, predict, grads = options
+    rows = input.shape[0]
+    acc = _accumulation_dtype(input)
+    return (
+        input.new_empty((rows,) if reduction == 0 else (), dtype=acc),
+        input.new_empty((3, rows), dtype=acc),
+        input.new_empty((rows if predict > 0 else 0,), dtype=torch.int64),
+        *_linear_gradients(input, linear_weight, linear_bias, grads),
+    )
+
+
+@torch.library.register_fake("ltkernels::linear_margin_softmax_bwd")
+def _(grad_loss, grad_lse, stats, input, linear_weight, linear_bias, cosine, chunk_rows, *options):
+    grads = options[-1]
+    classes = linear_weight.shape[0]
+    acc = _accumulation_dtype(input)
+    return (
+        *_linear_gradients(input, linear_weight, linear_bias, grads),
+        input.new_empty((3, classes) if grads & GRAD_CLASSES else (0,), dtype=acc),
+        input.new_empty((classes, classes) if grads & GRAD_PAIRS else (0,), dtype=acc),
+    )
+
+
+def _linear_gradients(input, linear_weight, linear_bias, grads):
+    return (
+        input.new_empty(input.shape if grads & GRAD_INPUT else (0,)),
+        linear_weight.new_empty(linear_weight.shape if grads & GRAD_WEIGHT else (0,)),
+        linear_bias.new_empty(linear_bias.shape) if grads & GRAD_BIAS else input.new_empty((0,)),
+    )
+
+
 @torch.library.register_fake("ltkernels::margin_softmax_scale_")
 def _(grad, grad_output):
     return None
@@ -104,6 +152,11 @@ def _triton():
 @torch.library.impl("ltkernels::margin_softmax_fwd", "CUDA")
 def _(*args):
     return _triton().margin_softmax_fwd(*args)
+
+
+@torch.library.impl("ltkernels::margin_softmax_fwd_", "CUDA")
+def _(*args):
+    return _triton().margin_softmax_fwd_(*args)
 
 
 @torch.library.impl("ltkernels::margin_softmax_bwd", "CUDA")

@@ -8,7 +8,7 @@ from torch.compiler import is_compiling
 
 from ltkernels import _ops, reference
 
-_REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
+REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
 
 
 def margin_softmax(
@@ -17,19 +17,19 @@ def margin_softmax(
     return_lse,
 ):  # fmt: skip
     """The row operation on inputs of any shape: the operator, or the definition where no kernel serves."""
-    reduction_code = _REDUCTIONS.get(reduction) if isinstance(reduction, str) else None
+    reduction_code = REDUCTIONS.get(reduction) if isinstance(reduction, str) else None
     if reduction_code is None:
         raise ValueError(f"reduction: expected 'none', 'mean' or 'sum', got {reduction!r}")
     if not isinstance(input, Tensor) or not isinstance(target, Tensor):
         name, value = ("target", target) if isinstance(input, Tensor) else ("input", input)
         raise TypeError(f"{name}: expected a Tensor, got {type(value).__name__}")
     if isinstance(scale, Tensor):
-        logit_scale, target_margin = _fold_scale(scale, logit_scale, target_margin, input)
+        logit_scale, target_margin = fold_scale(scale, logit_scale, target_margin, input)
         scale = 1.0
 
     shape = None
     if input.dim() != 2:
-        _check_types(weight, logit_scale, logit_bias, target_margin, pairwise_margin, mask, sample_weight, row_class)
+        check_types(weight, logit_scale, logit_bias, target_margin, pairwise_margin, mask, sample_weight, row_class)
         shape = (*input.shape[:1], *input.shape[2:]) if input.dim() > 1 else ()
         input, target, mask, sample_weight, row_class = _as_rows(input, target, mask, sample_weight, row_class)
 
@@ -46,13 +46,13 @@ def margin_softmax(
                 input, target, weight, logit_scale, logit_bias, target_margin, pairwise_margin, mask, sample_weight,
                 row_class, neighbor_offsets, neighbor_classes, scale, neighbor_weight, back_from,
             )  # fmt: skip
-            _ops.margin_softmax_check(*arguments, ignore_index, label_smoothing)
-            _check_values(*arguments[:2], *arguments[3:7], ignore_index)
+            _ops.margin_softmax_check(*arguments, reduction_code, ignore_index, label_smoothing)
+            check_values(*arguments[:2], *arguments[3:7], ignore_index)
             loss, lse = reference.margin_softmax(*arguments, reduction, ignore_index, label_smoothing)
     except RuntimeError:
         # The dispatcher's answer to a wrong Python type; checked after the fact, as it would cost every call.
-        _check_types(weight, logit_scale, logit_bias, target_margin, pairwise_margin, mask, sample_weight, row_class)
-        _check_numbers(scale, neighbor_weight, ignore_index, label_smoothing)
+        check_types(weight, logit_scale, logit_bias, target_margin, pairwise_margin, mask, sample_weight, row_class)
+        check_numbers(scale, neighbor_weight, ignore_index, label_smoothing)
         raise
 
     if shape is not None and reduction == "none":
@@ -67,13 +67,13 @@ _OPTIONAL = (
 )  # fmt: skip
 
 
-def _check_types(*optional) -> None:
+def check_types(*optional) -> None:
     for name, x in zip(_OPTIONAL, optional, strict=True):
         if x is not None and not isinstance(x, Tensor):
             raise TypeError(f"{name}: expected a Tensor or None, got {type(x).__name__}")
 
 
-def _check_numbers(scale, neighbor_weight, ignore_index, label_smoothing) -> None:
+def check_numbers(scale, neighbor_weight, ignore_index, label_smoothing) -> None:
     if not isinstance(scale, (float, int)):
         raise TypeError(f"scale: expected a number or a 0-d Tensor, got {type(scale).__name__}")
     if not isinstance(neighbor_weight, (float, int)):
@@ -84,7 +84,7 @@ def _check_numbers(scale, neighbor_weight, ignore_index, label_smoothing) -> Non
         raise TypeError(f"label_smoothing: expected a number, got {type(label_smoothing).__name__}")
 
 
-def _check_values(
+def check_values(
     input: Tensor,
     target: Tensor,
     logit_scale: Tensor | None,
@@ -117,7 +117,7 @@ def _check_values(
             raise ValueError(f"{name}: expected finite values, got {x.flatten()[index].item():g} at index {index}")
 
 
-def _fold_scale(
+def fold_scale(
     scale: Tensor, logit_scale: Tensor | None, target_margin: Tensor | None, input: Tensor
 ) -> tuple[Tensor, Tensor | None]:
     """A tensor scale is (s * a, s * m) with s = 1, in differentiable torch."""

@@ -140,6 +140,22 @@ def _(info, in_dims, grad_loss, grad_lse, stats, *args):
     return (grad.reshape(batch, rows, -1), empty, empty), (0, 0, 0)
 
 
+# The linear form has a classifier in common, or one a problem: a call each.
+@torch.library.register_vmap("ltkernels::linear_margin_softmax")
+def _(info, in_dims, *args):
+    return _loop(_ops.linear_margin_softmax, info, in_dims, args)
+
+
+@torch.library.register_vmap("ltkernels::linear_margin_softmax_fwd")
+def _(info, in_dims, *args):
+    return _loop(_ops.linear_margin_softmax_fwd, info, in_dims, args)
+
+
+@torch.library.register_vmap("ltkernels::linear_margin_softmax_bwd")
+def _(info, in_dims, *args):
+    return _loop(_ops.linear_margin_softmax_bwd, info, in_dims, args)
+
+
 @torch.library.register_vmap("ltkernels::margin_softmax_scale_")
 def _(info, in_dims, grad, grad_output):
     scale = grad_output.movedim(in_dims[1], 0) if in_dims[1] is not None else grad_output

@@ -10,10 +10,19 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
+from ltkernels._linear import LinearStats, linear_margin_softmax
 from ltkernels._rows import margin_softmax
-from ltkernels.neighbors import NeighborMap
+from ltkernels.neighbors import NeighborMap, SilencedRows
 
-__all__ = ["auxiliary_cross_entropy", "auxiliary_predict", "margin_cross_entropy", "mask_auxiliary"]
+__all__ = [
+    "LinearStats",
+    "auxiliary_cross_entropy",
+    "auxiliary_predict",
+    "linear_auxiliary_cross_entropy",
+    "linear_margin_cross_entropy",
+    "margin_cross_entropy",
+    "mask_auxiliary",
+]
 
 
 def margin_cross_entropy(
@@ -169,17 +178,22 @@ def auxiliary_cross_entropy(
         >>> LF.auxiliary_predict(logits, num_classes=3).shape
         torch.Size([8])
     """
-    if not isinstance(neighbors, NeighborMap):
-        raise TypeError(f"neighbors: expected a NeighborMap, got {type(neighbors).__name__}")
-    offsets, classes, back_from = neighbors.rows(mode)
-    if back_from >= 0 and neighbor_weight != 0:
-        raise ValueError(f"mode 'back': expected neighbor_weight=0, got {neighbor_weight}")
+    offsets, classes, back_from = _silenced_rows(neighbors, mode, neighbor_weight)
     if prior_counts is not None:
         logit_bias = _with_prior(logit_bias, prior_counts, tau, neighbors.num_classes + neighbors.num_auxiliary)
     return margin_softmax(
         input, target, weight, logit_scale, logit_bias, target_margin, pairwise_margin, mask, sample_weight, row_class,
         offsets, classes, scale, neighbor_weight, back_from, reduction, ignore_index, label_smoothing, return_lse,
     )  # fmt: skip
+
+
+def _silenced_rows(neighbors: NeighborMap, mode: str, neighbor_weight: float) -> SilencedRows:
+    if not isinstance(neighbors, NeighborMap):
+        raise TypeError(f"neighbors: expected a NeighborMap, got {type(neighbors).__name__}")
+    rows = neighbors.rows(mode)
+    if rows.back_from >= 0 and neighbor_weight != 0:
+        raise ValueError(f"mode 'back': expected neighbor_weight=0, got {neighbor_weight}")
+    return rows
 
 
 def _with_prior(logit_bias: Tensor | None, prior_counts: Tensor, tau: float, classes: int) -> Tensor:
@@ -192,6 +206,121 @@ def _with_prior(logit_bias: Tensor | None, prior_counts: Tensor, tau: float, cla
         raise ValueError(f"prior_counts: expected counts above 0, got {counts[index].item():g} for class {index}")
     prior = tau * (counts.log() - counts.sum().log())
     return prior if logit_bias is None else logit_bias + prior
+
+
+def linear_margin_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    cosine: bool = False,
+    chunk_size: int | str = "auto",
+    weight: Tensor | None = None,
+    logit_scale: Tensor | None = None,
+    logit_bias: Tensor | None = None,
+    target_margin: Tensor | None = None,
+    pairwise_margin: Tensor | None = None,
+    scale: float | Tensor = 1.0,
+    mask: Tensor | None = None,
+    sample_weight: Tensor | None = None,
+    reduction: str = "mean",
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    return_lse: bool = False,
+    return_stats: bool = False,
+) -> Tensor | tuple:
+    r"""A linear classifier and :func:`margin_cross_entropy` in one, without ever holding the N x C logits.
+
+    The same loss and gradients as ``margin_cross_entropy(F.linear(input, linear_weight, linear_bias), target, ...)``,
+    computed a chunk of rows at a time: the logits of the chunk, its loss, their gradient in the same memory, and from
+    it the gradients to ``input`` and ``linear_weight``, which are ready after the forward pass. The memory needed
+    beyond inputs and gradients is that of one chunk. The gradient to ``linear_weight`` is added up in float32.
+
+    With ``cosine`` the logits are :math:`\langle x_i / |x_i|, W_j / |W_j| \rangle`, the normalised classifier of LDAM
+    (Cao et al., arXiv:1906.07413) and CosFace (Wang et al., arXiv:1801.09414), with exact gradients to the vectors
+    that are not normalised.
+
+    Args:
+        input: Features, ``(D,)``, ``(N, D)`` or ``(N, d1, ..., D)``; float16, bfloat16, float32 or float64. Logits are
+            rounded to this dtype, as by ``F.linear``. Under autocast, features and classifier are cast first.
+        linear_weight: ``(C, D)`` classifier, of the dtype of ``input``; frozen if it does not require grad.
+        target: Class indices ``()``, ``(N,)`` or ``(N, d1, ...)``, or probabilities with the classes in the last
+            dimension.
+        linear_bias: ``(C,)``; not with ``cosine``.
+        cosine: Normalise features and classifier.
+        chunk_size: Rows of a chunk, or ``"auto"``.
+        mask: Boolean ``(C,)`` or ``(N, d1, ..., C)``; the classes are in the last dimension.
+        return_stats: Also return a ``LinearStats`` with ``row_loss`` (what ``reduction="none"`` gives), ``predicted``
+            (the class of the largest logit, margins aside) and ``correct``, one entry a sample, without gradients.
+
+    The other arguments, gradients and errors are those of :func:`margin_cross_entropy`. A scalar loss whose gradient
+    goes to ``input``, ``linear_weight`` and ``linear_bias`` alone takes :math:`6 N D C` operations; otherwise
+    (``reduction="none"``, ``return_lse``, learned margins or sample weights, float16) the backward pass computes the
+    logits a second time.
+
+    Returns:
+        The loss, or a tuple of the loss and, as asked for, the log-sum-exps and the ``LinearStats``.
+
+    Example::
+
+        >>> import torch, ltkernels.functional as LF
+        >>> features, classifier = torch.randn(8, 16, requires_grad=True), torch.randn(5, 16, requires_grad=True)
+        >>> target = torch.randint(5, (8,))
+        >>> loss, stats = LF.linear_margin_cross_entropy(features, classifier, target, return_stats=True)
+        >>> loss.backward()
+        >>> stats.correct.shape
+        torch.Size([8])
+    """
+    return linear_margin_softmax(
+        input, linear_weight, linear_bias, cosine, chunk_size, target, weight, logit_scale, logit_bias, target_margin,
+        pairwise_margin, mask, sample_weight, None, None, None, scale, 1.0, -1, reduction, ignore_index,
+        label_smoothing, return_lse, return_stats, None,
+    )  # fmt: skip
+
+
+def linear_auxiliary_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    neighbors: NeighborMap,
+    *,
+    neighbor_weight: float = 0.0,
+    mode: str = "plain",
+    row_class: Tensor | None = None,
+    prior_counts: Tensor | None = None,
+    tau: float = 1.0,
+    linear_bias: Tensor | None = None,
+    cosine: bool = False,
+    chunk_size: int | str = "auto",
+    weight: Tensor | None = None,
+    logit_scale: Tensor | None = None,
+    logit_bias: Tensor | None = None,
+    target_margin: Tensor | None = None,
+    pairwise_margin: Tensor | None = None,
+    scale: float | Tensor = 1.0,
+    mask: Tensor | None = None,
+    sample_weight: Tensor | None = None,
+    reduction: str = "mean",
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    return_lse: bool = False,
+    return_stats: bool = False,
+) -> Tensor | tuple:
+    """A linear classifier and :func:`auxiliary_cross_entropy` in one, without ever holding the N x K logits.
+
+    Args, return value and errors are those of :func:`linear_margin_cross_entropy` and
+    :func:`auxiliary_cross_entropy`; ``linear_weight`` is ``(K, D)``. The predicted class of ``return_stats`` is that
+    of the largest logit among the target classes, without a prior.
+    """
+    offsets, classes, back_from = _silenced_rows(neighbors, mode, neighbor_weight)
+    if prior_counts is not None:
+        logit_bias = _with_prior(logit_bias, prior_counts, tau, neighbors.num_classes + neighbors.num_auxiliary)
+    return linear_margin_softmax(
+        input, linear_weight, linear_bias, cosine, chunk_size, target, weight, logit_scale, logit_bias, target_margin,
+        pairwise_margin, mask, sample_weight, row_class, offsets, classes, scale, neighbor_weight, back_from,
+        reduction, ignore_index, label_smoothing, return_lse, return_stats, neighbors.num_classes,
+    )  # fmt: skip
 
 
 def mask_auxiliary(logits: Tensor, num_classes: int) -> Tensor:

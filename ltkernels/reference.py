@@ -102,6 +102,14 @@ def margin_softmax(
     return row_loss.sum() / normalizer, lse
 
 
+def linear_logits(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, cosine: bool) -> Tensor:
+    """(N, C) logits of a linear classifier, or of a cosine classifier: <x / |x|, W_j / |W_j|>."""
+    if cosine:
+        input = torch.nn.functional.normalize(input, dim=1)
+        linear_weight = torch.nn.functional.normalize(linear_weight, dim=1)
+    return torch.nn.functional.linear(input, linear_weight, linear_bias)
+
+
 def silenced_classes(row_class: Tensor, offsets: Tensor, classes: Tensor, back_from: int) -> Tensor:
     """(N, C) bool: the classes that each row's class silences."""
     n = offsets.shape[0] - 1

@@ -305,7 +305,8 @@ at::Tensor reduce_loss(const MarginSoftmaxArgs<acc_t>& args, int64_t reduction) 
 }
 
 template <typename acc_t>
-std::tuple<at::Tensor, at::Tensor, at::Tensor> forward(LTK_MARGIN_PARAMETERS, bool with_grad) {
+std::tuple<at::Tensor, at::Tensor, at::Tensor> forward(
+    LTK_MARGIN_PARAMETERS, bool with_grad, const at::Tensor& grad_memory = {}) {
   Prepared<acc_t> prepared(LTK_MARGIN_ARGUMENTS);
   auto& args = prepared.args;
   const at::ScalarType type = logits.scalar_type();
@@ -313,7 +314,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> forward(LTK_MARGIN_PARAMETERS, bo
   args.row_max = stats.mutable_data_ptr<acc_t>();
   args.row_logsum = args.row_max + args.rows;
   args.row_loss = args.row_logsum + args.rows;
-  at::Tensor grad = with_grad ? empty_gradient(args.rows, args.classes, type) : empty_tensor({0}, type);
+  at::Tensor grad = grad_memory;
+  if (!grad.defined()) grad = with_grad ? empty_gradient(args.rows, args.classes, type) : empty_tensor({0}, type);
   if (with_grad) args.grad = grad.mutable_data_ptr();
 
   const auto& kernels = variant().template kernels<acc_t>();
@@ -333,6 +335,15 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> forward(LTK_MARGIN_PARAMETERS, bo
 std::tuple<at::Tensor, at::Tensor, at::Tensor> margin_softmax_fwd(LTK_MARGIN_PARAMETERS, bool with_grad) {
   return logits.scalar_type() == at::kDouble ? forward<double>(LTK_MARGIN_ARGUMENTS, with_grad)
                                              : forward<float>(LTK_MARGIN_ARGUMENTS, with_grad);
+}
+
+// A row is in the scratch before its gradient is written, so that both may lie in the same memory.
+std::tuple<at::Tensor, at::Tensor> margin_softmax_fwd_(LTK_MARGIN_PARAMETERS) {
+  TORCH_CHECK_VALUE(logits.is_contiguous(), "logits: expected contiguous memory to write the gradient to");
+  const auto [loss, stats, grad] = logits.scalar_type() == at::kDouble
+                                       ? forward<double>(LTK_MARGIN_ARGUMENTS, /*with_grad=*/true, logits)
+                                       : forward<float>(LTK_MARGIN_ARGUMENTS, /*with_grad=*/true, logits);
+  return {loss, stats};
 }
 
 // Row blocks of the column sums: their number depends on the shape alone, and they are added in order.
@@ -428,6 +439,7 @@ void margin_softmax_scale_(at::Tensor grad, const at::Tensor& grad_output) {
 
 TORCH_LIBRARY_IMPL(ltkernels, CPU, m) {
   m.impl("margin_softmax_fwd", &margin_softmax_fwd);
+  m.impl("margin_softmax_fwd_", &margin_softmax_fwd_);
   m.impl("margin_softmax_bwd", &margin_softmax_bwd);
   m.impl("margin_softmax_scale_", &margin_softmax_scale_);
 }

@@ -1,0 +1,271 @@
+// Linear classifier and margin softmax in row chunks, on any device: the N x C logits never exist.
+//
+// For each chunk of rows x:  f = x W^T + bias;  the row kernel, which turns f into G = dloss/df where f lies;
+//                            dx = G W;  dW += G^T x;  dbias += sum of rows of G.
+// That is 6 N D C operations. With the gradient for another upstream gradient than 1 the logits are computed twice.
+//
+// The cosine classifier is f = <x / |x|, W_j / |W_j|>: rows of x are divided by their length in the chunk, and 1 /
+// |W_j| goes into the scale of each class, so that no normalised W is stored. With c_j = the gradient to W_j as if
+// |W_j| were constant, the exact one is c_j - <c_j, W_j> W_j / |W_j|^2; likewise for x.
+#include <ATen/ATen.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#include "linear_margin_softmax.h"
+#include "margin_options.h"
+
+namespace ltkernels {
+namespace {
+
+using at::Tensor;
+
+constexpr double kSmallestLength = 1e-12;  // as torch.nn.functional.normalize
+
+std::tuple<Tensor, Tensor> call_fwd_(LTK_MARGIN_PARAMETERS) {
+  static const auto op =
+      typed_operator<std::tuple<Tensor, Tensor>(LTK_MARGIN_PARAMETERS)>("ltkernels::margin_softmax_fwd_");
+  return op.call(LTK_MARGIN_ARGUMENTS);
+}
+
+std::tuple<Tensor, Tensor, Tensor> call_fwd(LTK_MARGIN_PARAMETERS, bool with_grad) {
+  static const auto op =
+      typed_operator<std::tuple<Tensor, Tensor, Tensor>(LTK_MARGIN_PARAMETERS, bool)>("ltkernels::margin_softmax_fwd");
+  return op.call(LTK_MARGIN_ARGUMENTS, with_grad);
+}
+
+std::tuple<Tensor, Tensor, Tensor> call_bwd(
+    const Tensor& grad_loss, const OptionalTensor& grad_lse, const Tensor& stats, LTK_MARGIN_PARAMETERS,
+    int64_t grads) {
+  static const auto op = typed_operator<std::tuple<Tensor, Tensor, Tensor>(
+      const Tensor&, const OptionalTensor&, const Tensor&, LTK_MARGIN_PARAMETERS, int64_t)>(
+      "ltkernels::margin_softmax_bwd");
+  return op.call(grad_loss, grad_lse, stats, LTK_MARGIN_ARGUMENTS, grads);
+}
+
+at::ScalarType accumulation_type(const Tensor& x) { return x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat; }
+
+OptionalTensor rows_of(const OptionalTensor& x, int64_t begin, int64_t size) {
+  return x.has_value() ? OptionalTensor(x->narrow(0, begin, size)) : std::nullopt;
+}
+
+// A chunk should fill the machine and stay in its caches, as far as these two go together.
+int64_t automatic_chunk_rows(const Tensor& input, int64_t classes) {
+  const bool cpu = input.is_cpu();
+  const int64_t elements = int64_t(1) << (cpu ? 23 : 26);
+  const int64_t least = cpu ? 64 : 1024;
+  return std::max(least, elements / std::max<int64_t>(classes, 1) / 64 * 64);
+}
+
+class Chunks {
+ public:
+  Chunks(LTK_LINEAR_PARAMETERS)
+      : input_(input),
+        weight_(linear_weight),
+        cosine_(cosine),
+        rows_(input.size(0)),
+        classes_(linear_weight.size(0)),
+        chunk_(
+            std::min(std::max<int64_t>(rows_, 1), chunk_rows > 0 ? chunk_rows : automatic_chunk_rows(input, classes_))),
+        options_{LTK_MARGIN_OPTION_ARGUMENTS},
+        acc_(input.options().dtype(accumulation_type(input))) {
+    if (linear_bias.has_value()) bias_ = *linear_bias;
+    if (cosine) {
+      const at::ScalarType type = accumulation_type(input);
+      input_length_ = at::linalg_vector_norm(input, 2, {1}, /*keepdim=*/true, type).clamp_min(kSmallestLength);
+      weight_length_ = at::linalg_vector_norm(linear_weight, 2, {1}, /*keepdim=*/true, type).clamp_min(kSmallestLength);
+      const Tensor inverse = weight_length_.squeeze(1).reciprocal();
+      options_.logit_scale = logit_scale.has_value() ? inverse * *logit_scale : inverse;
+    }
+    if (reduction == kMean) {
+      // Each row brings its share of the mean along, so that chunks add up to it.
+      const Tensor u = sample_weight.has_value() ? sample_weight->to(acc_.dtype()) : at::ones({rows_}, acc_);
+      normalizer_ = (u * row_counts(options_, u)).sum();
+      options_.sample_weight = u / normalizer_;
+      options_.reduction = kSum;
+    }
+    buffer_ = at::empty({chunk_, classes_}, input.options());
+  }
+
+  int64_t rows() const { return rows_; }
+  int64_t chunk() const { return chunk_; }
+  const at::TensorOptions& acc() const { return acc_; }
+  const Tensor& normalizer() const { return normalizer_; }
+  int64_t reduction() const { return options_.reduction; }
+
+  // Rows of x from `begin` on, of length 1 for the cosine classifier.
+  Tensor input_rows(int64_t begin, int64_t size) const {
+    const Tensor x = input_.narrow(0, begin, size);
+    return cosine_ ? (x / input_length_.narrow(0, begin, size)).to(x.scalar_type()) : x;
+  }
+
+  Tensor logits(const Tensor& x) {
+    Tensor f = buffer_.narrow(0, 0, x.size(0));
+    if (bias_.defined()) at::addmm_out(f, bias_.to(f.scalar_type()), x, weight_.t());
+    else at::mm_out(f, x, weight_.t());
+    return f;
+  }
+
+  MarginOptions options(int64_t begin, int64_t size) const {
+    MarginOptions o = options_;
+    o.target = o.target.narrow(0, begin, size);
+    if (o.mask.has_value() && o.mask->dim() == 2) o.mask = rows_of(o.mask, begin, size);
+    o.sample_weight = rows_of(o.sample_weight, begin, size);
+    o.row_class = rows_of(o.row_class, begin, size);
+    return o;
+  }
+
+  // The most likely of the first `classes` classes, margins aside.
+  Tensor predict(const Tensor& f, int64_t classes) const {
+    const Tensor first = f.narrow(1, 0, classes);
+    return (cosine_ ? first / weight_length_.squeeze(1).narrow(0, 0, classes) : first).argmax(1);
+  }
+
+  // ---- gradients
+
+  void start_gradients(int64_t grads) {
+    if (grads & kGradInput) grad_input_ = at::empty_like(input_, at::MemoryFormat::Contiguous);
+    if (grads & kGradWeight) grad_weight_ = rows_ == 0 ? at::zeros_like(weight_, acc_) : Tensor();
+    if (grads & kGradBias) grad_bias_ = at::zeros({classes_}, acc_);
+    grads_ = grads;
+  }
+
+  void add_gradients(int64_t begin, const Tensor& x, const Tensor& g) {
+    if (grads_ & kGradInput) {
+      Tensor dx = grad_input_.narrow(0, begin, x.size(0));
+      at::mm_out(dx, g, weight_);
+      if (cosine_) project(dx, x, Tensor(), input_length_.narrow(0, begin, x.size(0)));
+    }
+    if (grads_ & kGradWeight) add_weight_gradient(x, g);
+    if (grads_ & kGradBias) grad_bias_ += g.sum(0, false, acc_.dtype().toScalarType());
+  }
+
+  // In the dtypes of the inputs; empty where not asked for.
+  std::tuple<Tensor, Tensor, Tensor> finish_gradients() {
+    if (cosine_ && grad_weight_.defined()) project(grad_weight_, weight_, weight_length_, weight_length_);
+    const Tensor none = at::empty({0}, input_.options());
+    return {
+        grad_input_.defined() ? grad_input_ : none,
+        grad_weight_.defined() ? grad_weight_.to(weight_.scalar_type()) : none,
+        grad_bias_.defined() ? grad_bias_.to(bias_.scalar_type()) : none};
+  }
+
+  // d/da of a class scale that went in as a / |W|.
+  void rescale_class_gradient(Tensor& sums) const {
+    if (cosine_) sums.select(0, 0).div_(weight_length_.squeeze(1));
+  }
+
+ private:
+  Tensor input_, weight_, bias_;
+  bool cosine_;
+  int64_t rows_, classes_, chunk_;
+  MarginOptions options_;
+  at::TensorOptions acc_;
+  Tensor input_length_, weight_length_;  // (N, 1) and (C, 1)
+  Tensor normalizer_, buffer_, grad_input_, grad_weight_, grad_bias_;
+  int64_t grads_ = 0;
+
+  // dW in float32 (float64): a sum of many chunks in 16 bits would lose the small ones.
+  void add_weight_gradient(const Tensor& x, const Tensor& g) {
+    const at::ScalarType type = accumulation_type(x);
+    const bool first = !grad_weight_.defined();
+    if (x.scalar_type() == type) {
+      if (first) grad_weight_ = at::mm(g.t(), x);
+      else grad_weight_.addmm_(g.t(), x);
+    } else if (g.is_cuda()) {
+      const Tensor part = at::mm(g.t(), x, type);
+      if (first) grad_weight_ = part;
+      else grad_weight_ += part;
+    } else {
+      const Tensor wide_g = g.to(type), wide_x = x.to(type);
+      if (first) grad_weight_ = at::mm(wide_g.t(), wide_x);
+      else grad_weight_.addmm_(wide_g.t(), wide_x);
+    }
+  }
+
+  // grad, with respect to rows of constant length, made that with respect to `rows` themselves, which have been divided
+  // by `length` already unless row_length is given.
+  void project(Tensor& grad, const Tensor& rows, const Tensor& row_length, const Tensor& length) const {
+    // Dot products of rows, without a matrix of products.
+    const at::ScalarType type = accumulation_type(grad);
+    const Tensor wide = rows.to(grad.scalar_type());
+    Tensor along = at::bmm(grad.unsqueeze(1), wide.unsqueeze(2)).squeeze(2).to(type);
+    if (row_length.defined()) along = along / row_length.square();
+    // A row shorter than the smallest length was divided by that constant.
+    along = along * (length > kSmallestLength);
+    grad.addcmul_(wide, along.to(grad.scalar_type()), -1);
+    if (!row_length.defined()) grad.div_(length);
+  }
+};
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_margin_softmax_fwd(
+    LTK_LINEAR_PARAMETERS, int64_t predict, int64_t grads) {
+  Chunks chunks(LTK_LINEAR_ARGUMENTS);
+  chunks.start_gradients(grads);
+  const int64_t rows = chunks.rows();
+  Tensor stats = at::empty({3, rows}, chunks.acc());
+  Tensor loss = reduction == kNone ? at::empty({rows}, chunks.acc()) : at::zeros({}, chunks.acc());
+  Tensor predicted = at::empty({predict > 0 ? rows : 0}, input.options().dtype(at::kLong));
+  for (int64_t begin = 0; begin < rows; begin += chunks.chunk()) {
+    const int64_t size = std::min(chunks.chunk(), rows - begin);
+    const Tensor x = chunks.input_rows(begin, size);
+    const Tensor f = chunks.logits(x);
+    if (predict > 0) predicted.narrow(0, begin, size).copy_(chunks.predict(f, predict));
+    const MarginOptions o = chunks.options(begin, size);
+    Tensor part, part_stats, none;
+    if (grads != 0) {
+      std::tie(part, part_stats) = call_fwd_(f, LTK_OPTIONS_OF(o));
+      chunks.add_gradients(begin, x, f);
+    } else {
+      std::tie(part, part_stats, none) = call_fwd(f, LTK_OPTIONS_OF(o), /*with_grad=*/false);
+    }
+    stats.narrow(1, begin, size).copy_(part_stats);
+    if (reduction == kNone) loss.narrow(0, begin, size).copy_(part);
+    else loss += part;
+  }
+  // 0 / 0 where no row is kept, as in torch.
+  if (reduction == kMean) loss += chunks.normalizer().reciprocal() * 0;
+  const auto [grad_input, grad_weight, grad_bias] = chunks.finish_gradients();
+  return {loss, stats, predicted, grad_input, grad_weight, grad_bias};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_margin_softmax_bwd(
+    const Tensor& grad_loss, const OptionalTensor& grad_lse, const Tensor& stats, LTK_LINEAR_PARAMETERS,
+    int64_t grads) {
+  Chunks chunks(LTK_LINEAR_ARGUMENTS);
+  chunks.start_gradients(grads);
+  const int64_t rows = chunks.rows(), classes = linear_weight.size(0);
+  const bool logits_wanted = grads & (kGradInput | kGradWeight | kGradBias), class_wanted = grads & kGradClasses,
+             pairwise_wanted = grads & kGradPairs;
+  int64_t wanted = 0;
+  if (logits_wanted) wanted |= kGradLogits;
+  if (class_wanted) wanted |= kGradClass;
+  if (pairwise_wanted) wanted |= kGradPairwise;
+  Tensor sums = class_wanted ? at::zeros({3, classes}, chunks.acc()) : at::empty({0}, chunks.acc());
+  Tensor pairs = pairwise_wanted ? at::zeros({classes, classes}, chunks.acc()) : at::empty({0}, chunks.acc());
+  for (int64_t begin = 0; begin < rows; begin += chunks.chunk()) {
+    const int64_t size = std::min(chunks.chunk(), rows - begin);
+    const Tensor x = chunks.input_rows(begin, size);
+    const MarginOptions o = chunks.options(begin, size);
+    const Tensor upstream = grad_loss.dim() == 0 ? grad_loss : grad_loss.narrow(0, begin, size);
+    const auto [g, part_sums, part_pairs] = call_bwd(
+        upstream, rows_of(grad_lse, begin, size), stats.narrow(1, begin, size), chunks.logits(x), LTK_OPTIONS_OF(o),
+        wanted);
+    if (logits_wanted) chunks.add_gradients(begin, x, g);
+    if (class_wanted) sums += part_sums;
+    if (pairwise_wanted) pairs += part_pairs;
+  }
+  if (class_wanted) chunks.rescale_class_gradient(sums);
+  const auto [grad_input, grad_weight, grad_bias] = chunks.finish_gradients();
+  return {grad_input, grad_weight, grad_bias, sums, pairs};
+}
+
+TORCH_LIBRARY_IMPL(ltkernels, CompositeExplicitAutograd, m) {
+  m.impl("linear_margin_softmax_fwd", &linear_margin_softmax_fwd);
+  m.impl("linear_margin_softmax_bwd", &linear_margin_softmax_bwd);
+}
+
+}  // namespace
+}  // namespace ltkernels

@@ -1,0 +1,104 @@
+"""Calls of the linear form: inputs of any shape as rows of features, then the operator or the definition."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ltkernels import _ops, reference
+from ltkernels._rows import REDUCTIONS, check_numbers, check_types, check_values, fold_scale
+
+
+class LinearStats(NamedTuple):
+    """By-products of a linear form, one entry a sample; no gradient flows through them."""
+
+    row_loss: Tensor  # as reduction="none" would give, float32 (float64 for float64 features)
+    predicted: Tensor  # int64: the largest logit, margins and priors aside, among the target classes
+    correct: Tensor  # bool: predicted is the target (the likeliest class of a probability target); False if ignored
+
+
+def linear_margin_softmax(
+    input, linear_weight, linear_bias, cosine, chunk_size, target, weight, logit_scale, logit_bias, target_margin,
+    pairwise_margin, mask, sample_weight, row_class, neighbor_offsets, neighbor_classes, scale, neighbor_weight,
+    back_from, reduction, ignore_index, label_smoothing, return_lse, return_stats, predict,
+):  # fmt: skip
+    """``predict``: among how many leading classes to predict, if ``return_stats``; ``None`` means all."""
+    reduction_code = REDUCTIONS.get(reduction) if isinstance(reduction, str) else None
+    if reduction_code is None:
+        raise ValueError(f"reduction: expected 'none', 'mean' or 'sum', got {reduction!r}")
+    for name, x in (("input", input), ("linear_weight", linear_weight), ("target", target)):
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name}: expected a Tensor, got {type(x).__name__}")
+    if linear_bias is not None and not isinstance(linear_bias, Tensor):
+        raise TypeError(f"linear_bias: expected a Tensor or None, got {type(linear_bias).__name__}")
+    if linear_weight.dim() != 2 or input.dim() == 0 or input.shape[-1] != linear_weight.shape[1]:
+        raise ValueError(
+            "input, linear_weight: expected shapes (D,), (N, D) or (N, ..., D) and (C, D), "
+            f"got {tuple(input.shape)} and {tuple(linear_weight.shape)}"
+        )
+    check_types(weight, logit_scale, logit_bias, target_margin, pairwise_margin, mask, sample_weight, row_class)
+    chunk_rows = _chunk_rows(chunk_size)
+    if isinstance(scale, Tensor):
+        logit_scale, target_margin = fold_scale(scale, logit_scale, target_margin, input)
+        scale = 1.0
+    check_numbers(scale, neighbor_weight, ignore_index, label_smoothing)
+    device = input.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        input, linear_weight = input.to(dtype), linear_weight.to(dtype)
+
+    samples, classes = input.shape[:-1], linear_weight.shape[0]
+    input = input.reshape(-1, input.shape[-1])
+    probabilities = target.is_floating_point()
+    target = _rows("target", target, samples, classes if probabilities else None)
+    if mask is not None and mask.dim() != 1:
+        mask = _rows("mask", mask, samples, classes)
+    sample_weight = _rows("sample_weight", sample_weight, samples)
+    row_class = _rows("row_class", row_class, samples)
+
+    options = (
+        target, weight, logit_scale, logit_bias, target_margin, pairwise_margin, mask, sample_weight, row_class,
+        neighbor_offsets, neighbor_classes, scale, neighbor_weight, back_from,
+    )  # fmt: skip
+    predict = (classes if predict is None else predict) if return_stats else 0
+    if _ops.uses_kernel(input):
+        loss, lse, row_loss, predicted = _ops.linear_margin_softmax(
+            input, linear_weight, linear_bias, bool(cosine), chunk_rows, *options, reduction_code, ignore_index,
+            label_smoothing, return_lse, predict,
+        )  # fmt: skip
+    else:
+        logits = reference.linear_logits(input, linear_weight, linear_bias, cosine)
+        _ops.margin_softmax_check(logits, *options, reduction_code, ignore_index, label_smoothing)
+        check_values(logits, target, logit_scale, logit_bias, target_margin, pairwise_margin, ignore_index)
+        loss, lse = reference.margin_softmax(logits, *options, reduction, ignore_index, label_smoothing)
+        with torch.no_grad():
+            row_loss, _ = reference.margin_softmax(logits, *options, "none", ignore_index, label_smoothing)
+            predicted = logits[:, :predict].argmax(1) if return_stats else None
+
+    results = [loss.reshape(samples) if reduction == "none" else loss]
+    if return_lse:
+        results.append(lse.reshape(samples))
+    if return_stats:
+        truth = target.argmax(1) if probabilities else target
+        results.append(LinearStats(*(x.reshape(samples) for x in (row_loss, predicted, predicted == truth))))
+    return results[0] if len(results) == 1 else tuple(results)
+
+
+def _chunk_rows(chunk_size) -> int:
+    if chunk_size == "auto":
+        return -1
+    if isinstance(chunk_size, bool) or not isinstance(chunk_size, int) or chunk_size < 1:
+        raise ValueError(f"chunk_size: expected 'auto' or a number of rows above 0, got {chunk_size!r}")
+    return chunk_size
+
+
+def _rows(name: str, x: Tensor | None, samples: torch.Size, classes: int | None = None) -> Tensor | None:
+    """A value, or one for each class, of each sample as rows."""
+    if x is None:
+        return None
+    expected = samples if classes is None else (*samples, classes)
+    if x.shape != torch.Size(expected):
+        raise ValueError(f"{name}: expected shape {tuple(expected)}, got {tuple(x.shape)}")
+    return x.reshape(-1) if classes is None else x.reshape(-1, classes)
