@@ -7,6 +7,7 @@ a thin driver and is compared with the definition by the same function as the re
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 import shutil
 import subprocess
@@ -32,11 +33,11 @@ pytestmark = [
 # name: (text of the kernel, what stands there instead). Each text must occur exactly once, and no fault may write out
 # of bounds: it would take down the process of the tests.
 FAULTS: dict[str, tuple[str, str]] = {
-    "skip the tail of the logits": ("  other = larger(adjust(C - W), other);", "  // "),
-    "skip the tail of the gradient": ("    store(out + C - W, load(g + C - W) * k);", "    // "),
+    "skip the tail of the logits": ("    store(v + j, y);", "    store(v + j, padding);"),
+    "skip the tail of the gradient": ("    store(out + C - W, scale(", "    (void)(scale("),
     "padding takes part in the sum": (
-        "  store(v + padded<A>(C) - W, top);",
-        "  store(v + padded<A>(C) - W, broadcast<A>(0));",
+        "padding = broadcast<A>(-kInfinity<A>);",
+        "padding = broadcast<A>(0);",
     ),
     "drop the margin": ("    v[y] = before - p.margin[y];", "    v[y] = before;"),
     "margin on every row of probabilities": ("v[j] -= p.margin[j] * t[j];", "v[j] -= p.margin[j];"),
@@ -58,6 +59,21 @@ FAULTS: dict[str, tuple[str, str]] = {
     "pairwise margin of another class": ("p.pairwise + p.index[i] * C;", "p.pairwise + 0 * C;"),
     "mask ignored": ("v[j] = mask[j] ? v[j] : -kInfinity<A>;", "v[j] = mask[j] ? v[j] : v[j];"),
     "smoothing spread over removed classes": ("allowed += mask[j];", "allowed += 1;"),
+    "silenced classes stay": ("excluded ? -kInfinity<A> : v[j] +", "excluded ? v[j] : v[j] +"),
+    "the maximum of silenced classes": ("    if (top_lost) top = max_of(v, padded<A>(C));", "    // "),
+    "forget the neighbor weight": (": v[j] + p.log_neighbor_weight;", ": v[j];"),
+    "the last neighbor stays": ("e < p.neighbor_offsets[y + 1]; ++e", "e + 1 < p.neighbor_offsets[y + 1]; ++e"),
+    "forget back_from": ("    if (j != y) f(j);", "    // "),
+    "back silences the row's own class": ("    if (j != y) f(j);", "    f(j);"),
+    "back in rows of target classes": ("  if (y < p.back_from) return;", "  // "),
+    "silenced by the class of another row": ("p.row_class[i] : p.index[i];", "p.row_class[0] : p.index[i];"),
+    "target mass of silenced classes stays": ("  zero_silenced(p, i, t);", "  // "),
+    "a neighbor weight above 0 drops target mass": ("if (p.log_neighbor_weight == -kInfinity<A>) {", "{"),
+    "gradient of silenced classes not zeroed": (
+        "  if (coefficient - coefficient != 0) zero_",
+        "  if (false) zero_",
+    ),
+    "gradient of silenced classes not zeroed in backward": ("  zero_silenced(p, i, g);", "  // "),
     "ignored rows have a loss": ("p.row_max[i] = p.row_logsum[i] = p.row_loss[i] = 0;", "p.row_loss[i] = 1;"),
     "gradient of ignored rows not written": (
         "zero_gradient(p, i);\n      continue;\n    }\n    const A top",
@@ -86,15 +102,19 @@ extern "C" int64_t scratch_size(int64_t classes) {
 extern "C" void run(
     int64_t rows, int64_t classes, int64_t stride, const float* logits, const int64_t* index, const float* probability,
     int64_t ignore_index, float scale, const float* scaled, const float* bias, const float* margin,
-    const float* pairwise, const float* weight, const float* sample_weight, const bool* mask, int64_t mask_stride,
-    float smoothing, float inverse_normalizer, float* stats, float* grad, const float* upstream,
-    int64_t upstream_stride, const float* upstream_lse, float raw_scale, const int64_t* order, float* class_grad,
-    float* pairwise_grad, float* scratch) {
+    const float* pairwise, const float* weight, const float* sample_weight, const bool* mask,
+    const int64_t* row_class, const int32_t* neighbor_offsets, const int32_t* neighbor_classes, int64_t back_from,
+    float log_neighbor_weight, int64_t mask_stride, float smoothing, float inverse_normalizer, float* stats,
+    float* grad, const float* upstream, int64_t upstream_stride, const float* upstream_lse, float raw_scale,
+    const int64_t* order, float* class_grad, float* pairwise_grad, float* scratch) {
   ltkernels::MarginSoftmaxArgs<float> p;
   p.rows = rows; p.classes = classes; p.logits = logits; p.logits_stride = stride; p.index = index;
   p.probability = probability; p.probability_stride = classes; p.ignore_index = ignore_index; p.scale = scale;
   p.scaled = scaled; p.bias = bias; p.margin = margin; p.pairwise = pairwise; p.weight = weight;
   p.sample_weight = sample_weight; p.mask = mask; p.mask_stride = mask_stride; p.smoothing = smoothing;
+  p.row_class = row_class; p.neighbor_offsets = neighbor_offsets; p.neighbor_classes = neighbor_classes;
+  p.log_neighbor_weight = log_neighbor_weight;
+  if (back_from >= 0) p.back_from = back_from;
   p.inverse_normalizer = inverse_normalizer; p.row_max = stats; p.row_logsum = stats + rows;
   p.row_loss = stats + 2 * rows; p.grad = grad; p.grad_loss = upstream; p.grad_loss_stride = upstream_stride;
   p.grad_lse = upstream_lse; p.raw_scale = raw_scale;
@@ -138,6 +158,8 @@ def libraries(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str | N
 
 # -------------------------------------------------------------------------------------------------------------- driver
 
+NO_MAP = (None, None, -1)
+
 
 def run(library: ctypes.CDLL, problem: Problem) -> Results:
     """What csrc/cpu/margin_softmax.cpp and the autograd node do around the kernel, in Python."""
@@ -152,7 +174,11 @@ def run(library: ctypes.CDLL, problem: Problem) -> Results:
     stats, grad = torch.full((3, rows), torch.nan), torch.full((rows, classes), torch.nan)
     held = [target.long() if indices else None, None if indices else target]
     vectors = [a * s if vector else None, bias, None if m is None else m * s]
-    vectors += [options.get("pairwise_margin"), options.get("weight"), u, mask]
+    offsets, neighbors, back_from = options["neighbors"].rows(options["mode"]) if "neighbors" in options else NO_MAP
+    vectors += [options.get("pairwise_margin"), options.get("weight"), u, mask, options.get("row_class")]
+    vectors += [offsets, neighbors]
+    weight = options.get("neighbor_weight", 1.0)
+    log_weight = math.log(weight) if weight else -math.inf
     order = target.argsort(stable=True) if indices else None
 
     def call(
@@ -162,7 +188,8 @@ def run(library: ctypes.CDLL, problem: Problem) -> Results:
         library.run(
             *map(ctypes.c_int64, (rows, classes, logits.stride(0))), pointer(logits), *map(pointer, held),
             ctypes.c_int64(-100), ctypes.c_float(s * (a if a is not None and not vector else 1)),
-            *map(pointer, vectors), ctypes.c_int64(classes if mask is not None and mask.dim() == 2 else 0),
+            *map(pointer, vectors), ctypes.c_int64(back_from), ctypes.c_float(log_weight),
+            ctypes.c_int64(classes if mask is not None and mask.dim() == 2 else 0),
             ctypes.c_float(options["label_smoothing"]), ctypes.c_float(1 / z), pointer(stats), pointer(out),
             pointer(upstream), ctypes.c_int64(int(upstream is not None and upstream.dim() > 0)), pointer(lse),
             ctypes.c_float(s), pointer(order), pointer(sums), pointer(pairwise), pointer(scratch),
@@ -212,9 +239,14 @@ def problems() -> list[Problem]:
     plain = make_problem({name: values[0] for name, values in SMALL.items()} | {"rows": 5, "classes": 9})
     far = [replace(plain, logits=plain.logits + offset) for offset in (-120.0, 1e4)]
     margin = plain.options | {"target_margin": torch.full((9,), -1e3)}
-    return [*chosen, *far, replace(plain, options=margin)]
+    silenced = make_problem({name: values[0] for name, values in SMALL.items()} | {"rows": 5, "classes": 9} | SILENCE)
+    silenced.logits[:, 5:] += 100 * (silenced.target < 5)[:, None]
+    undefined = replace(silenced, logits=silenced.logits.clone())
+    undefined.logits[torch.arange(5), silenced.target] = torch.nan
+    return [*chosen, *far, replace(plain, options=margin), silenced, undefined]
 
 
+SILENCE = {"neighbors": "silence"}
 PROBLEMS = problems()
 
 
