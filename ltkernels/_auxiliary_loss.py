@@ -94,6 +94,7 @@ class NeighborSilencingLoss(MarginCrossEntropyLoss):
         self.register_buffer("neighbor_offsets", offsets.clone())
         self.register_buffer("neighbor_classes", classes.clone())
         self.register_buffer("prior", prior)
+        self._put_empty_buffers_last()
 
     def _check_classes(self, prior: Tensor | None) -> None:
         classes = self.num_classes + self.num_auxiliary

@@ -102,6 +102,12 @@ class MarginCrossEntropyLoss(nn.Module):
                 self.register_buffer(name, None if value is None else value.clone())
             else:
                 self.scale = value
+        self._put_empty_buffers_last()
+
+    def _put_empty_buffers_last(self) -> None:
+        """torch.export fails on a module of its own whose buffers have a None before a tensor."""
+        for name in [name for name, buffer in self._buffers.items() if buffer is None]:
+            self._buffers[name] = self._buffers.pop(name)
 
     def set_epoch(self, epoch: int) -> None:
         """Set ``weight`` to what the schedule has for ``epoch`` (counted from 0); without a schedule, do nothing."""
