@@ -22,7 +22,15 @@ namespace {
 
 using at::Tensor;
 
-constexpr double kSmallestLength = 1e-12;  // as torch.nn.functional.normalize
+// A vector no longer than this has no direction: its cosines and its gradient are 0, as in ltkernels.nn.CosineLinear.
+constexpr double kSmallestLength = 1e-8;
+
+// (rows, 1) lengths, infinite for rows without a direction.
+Tensor length_of_rows(const Tensor& x) {
+  const at::ScalarType type = x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  const Tensor length = at::linalg_vector_norm(x, 2, {1}, /*keepdim=*/true, type);
+  return at::where(length > kSmallestLength, length, std::numeric_limits<double>::infinity());
+}
 
 std::tuple<Tensor, Tensor> call_fwd_(LTK_MARGIN_PARAMETERS) {
   static const auto op =
@@ -73,10 +81,11 @@ class Chunks {
         acc_(input.options().dtype(accumulation_type(input))) {
     if (linear_bias.has_value()) bias_ = *linear_bias;
     if (cosine) {
-      const at::ScalarType type = accumulation_type(input);
-      input_length_ = at::linalg_vector_norm(input, 2, {1}, /*keepdim=*/true, type).clamp_min(kSmallestLength);
-      weight_length_ = at::linalg_vector_norm(linear_weight, 2, {1}, /*keepdim=*/true, type).clamp_min(kSmallestLength);
-      const Tensor inverse = weight_length_.squeeze(1).reciprocal();
+      input_length_ = length_of_rows(input);
+      weight_length_ = length_of_rows(linear_weight);
+      Tensor inverse = weight_length_.squeeze(1).reciprocal();
+      // The logits of a class with NaN in its row are NaN: that this is no margin is not for the row kernel to report.
+      inverse = inverse.masked_fill(inverse.isnan(), 1);
       options_.logit_scale = logit_scale.has_value() ? inverse * *logit_scale : inverse;
     }
     if (reduction == kMean) {
@@ -91,6 +100,7 @@ class Chunks {
 
   int64_t rows() const { return rows_; }
   int64_t chunk() const { return chunk_; }
+  int64_t count() const { return (rows_ + chunk_ - 1) / chunk_; }
   const at::TensorOptions& acc() const { return acc_; }
   const Tensor& normalizer() const { return normalizer_; }
   int64_t reduction() const { return options_.reduction; }
@@ -193,12 +203,16 @@ class Chunks {
     const Tensor wide = rows.to(grad.scalar_type());
     Tensor along = at::bmm(grad.unsqueeze(1), wide.unsqueeze(2)).squeeze(2).to(type);
     if (row_length.defined()) along = along / row_length.square();
-    // A row shorter than the smallest length was divided by that constant.
-    along = along * (length > kSmallestLength);
     grad.addcmul_(wide, along.to(grad.scalar_type()), -1);
     if (!row_length.defined()) grad.div_(length);
   }
 };
+
+// The row kernel's error once more, for all rows: it counts them from the beginning of the chunk.
+void report_index(LTK_LINEAR_PARAMETERS) {
+  const Tensor row = at::zeros({1, linear_weight.size(0)}, input.options());
+  call_fwd(row.expand({input.size(0), -1}), LTK_MARGIN_OPTION_ARGUMENTS, /*with_grad=*/false);
+}
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_margin_softmax_fwd(
     LTK_LINEAR_PARAMETERS, int64_t predict, int64_t grads) {
@@ -206,7 +220,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_margin_softmax
   chunks.start_gradients(grads);
   const int64_t rows = chunks.rows();
   Tensor stats = at::empty({3, rows}, chunks.acc());
-  Tensor loss = reduction == kNone ? at::empty({rows}, chunks.acc()) : at::zeros({}, chunks.acc());
+  Tensor losses = at::empty({reduction == kNone ? rows : chunks.count()}, chunks.acc());  // of rows, or of chunks
   Tensor predicted = at::empty({predict > 0 ? rows : 0}, input.options().dtype(at::kLong));
   for (int64_t begin = 0; begin < rows; begin += chunks.chunk()) {
     const int64_t size = std::min(chunks.chunk(), rows - begin);
@@ -215,16 +229,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_margin_softmax
     if (predict > 0) predicted.narrow(0, begin, size).copy_(chunks.predict(f, predict));
     const MarginOptions o = chunks.options(begin, size);
     Tensor part, part_stats, none;
-    if (grads != 0) {
-      std::tie(part, part_stats) = call_fwd_(f, LTK_OPTIONS_OF(o));
-      chunks.add_gradients(begin, x, f);
-    } else {
-      std::tie(part, part_stats, none) = call_fwd(f, LTK_OPTIONS_OF(o), /*with_grad=*/false);
+    try {
+      if (grads != 0) std::tie(part, part_stats) = call_fwd_(f, LTK_OPTIONS_OF(o));
+      else std::tie(part, part_stats, none) = call_fwd(f, LTK_OPTIONS_OF(o), /*with_grad=*/false);
+    } catch (const c10::IndexError&) {
+      report_index(LTK_LINEAR_ARGUMENTS);
+      throw;
     }
+    if (grads != 0) chunks.add_gradients(begin, x, f);
     stats.narrow(1, begin, size).copy_(part_stats);
-    if (reduction == kNone) loss.narrow(0, begin, size).copy_(part);
-    else loss += part;
+    if (reduction == kNone) losses.narrow(0, begin, size).copy_(part);
+    else losses.select(0, begin / chunks.chunk()).copy_(part);
   }
+  Tensor loss = reduction == kNone ? losses : losses.sum(at::kDouble).to(chunks.acc().dtype());
   // 0 / 0 where no row is kept, as in torch.
   if (reduction == kMean) loss += chunks.normalizer().reciprocal() * 0;
   const auto [grad_input, grad_weight, grad_bias] = chunks.finish_gradients();

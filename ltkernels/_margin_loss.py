@@ -142,7 +142,10 @@ class MarginCrossEntropyLoss(nn.Module):
                 return moved
             return tensor.to(device=moved.device, dtype=torch.promote_types(tensor.dtype, torch.float32))
 
-        return super()._apply(at_least_float32, recurse)
+        if recurse:  # a classifier inside takes any dtype
+            for module in self.children():
+                module._apply(fn)
+        return super()._apply(at_least_float32, recurse=False)
 
     def extra_repr(self) -> str:
         shown = {name: getattr(self, name) for name in (*M.Margins.TENSORS, "scale")}

@@ -239,7 +239,7 @@ def linear_margin_cross_entropy(
 
     With ``cosine`` the logits are :math:`\langle x_i / |x_i|, W_j / |W_j| \rangle`, the normalised classifier of LDAM
     (Cao et al., arXiv:1906.07413) and CosFace (Wang et al., arXiv:1801.09414), with exact gradients to the vectors
-    that are not normalised.
+    that are not normalised. A vector no longer than 1e-8 has no direction: its logits and its gradient are 0.
 
     Args:
         input: Features, ``(D,)``, ``(N, D)`` or ``(N, d1, ..., D)``; float16, bfloat16, float32 or float64. Logits are

@@ -14,12 +14,13 @@ from __future__ import annotations
 
 from typing import Unpack
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ltkernels import margins as M
 from ltkernels._auxiliary_loss import NeighborSilencingLoss
-from ltkernels._checks import ClassCounts, integer, number
+from ltkernels._checks import ClassCounts, number
+from ltkernels._cosine_linear import CosineLinear
+from ltkernels._linear_loss import LinearMarginCrossEntropyLoss
 from ltkernels._margin_loss import LossOptions, MarginCrossEntropyLoss
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "CosineLinear",
     "EqualizationLoss",
     "LDAMLoss",
+    "LinearMarginCrossEntropyLoss",
     "LogitAdjustedLoss",
     "MarginCrossEntropyLoss",
     "NeighborSilencingLoss",
@@ -177,56 +179,3 @@ class EqualizationLoss(MarginCrossEntropyLoss):
 
     def extra_repr(self) -> str:
         return f"threshold={self.threshold}, gamma={self.gamma}, {super().extra_repr()}"
-
-
-class CosineLinear(nn.Module):
-    r"""Cosine classifier: :math:`f_{ij} = \langle x_i / |x_i|,\; W_j / |W_j| \rangle`, in [-1, 1].
-
-    It has no scale of its own: the scale belongs to the loss (``LDAMLoss(scale=30)``), where it multiplies the margin
-    too, and prediction does not need it. Norms are taken in float32 or wider.
-
-    Args:
-        in_features: D.
-        out_features: C.
-        eps: A vector no longer than this has no direction: its cosines and its gradient are 0.
-        device, dtype: Of ``weight``.
-
-    Shape: input (..., D), output (..., C) in the dtype of the input.
-
-    Attributes:
-        weight: (C, D), initialised to random directions of length 1.
-    """
-
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        eps: float = 1e-8,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__()
-        self.in_features = integer("in_features", in_features, minimum=1)
-        self.out_features = integer("out_features", out_features, minimum=1)
-        self.eps = number("eps", eps, "> 0")
-        self.weight = nn.Parameter(torch.empty(out_features, in_features, device=device, dtype=dtype))
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Directions uniform on the sphere."""
-        nn.init.normal_(self.weight)
-        with torch.no_grad():
-            self.weight.copy_(_directions(self.weight, self.eps))
-
-    def forward(self, input: Tensor) -> Tensor:
-        return nn.functional.linear(_directions(input, self.eps), _directions(self.weight, self.eps))
-
-    def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}"
-
-
-def _directions(x: Tensor, eps: float) -> Tensor:
-    """Rows of unit length. Dividing by max(norm, eps) would give a zero row a gradient of 1/eps; here it gets 0."""
-    wide = torch.promote_types(x.dtype, torch.float32)
-    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
-    return (x / torch.where(norm > eps, norm, torch.inf)).to(x.dtype)

@@ -105,9 +105,14 @@ def margin_softmax(
 def linear_logits(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, cosine: bool) -> Tensor:
     """(N, C) logits of a linear classifier, or of a cosine classifier: <x / |x|, W_j / |W_j|>."""
     if cosine:
-        input = torch.nn.functional.normalize(input, dim=1)
-        linear_weight = torch.nn.functional.normalize(linear_weight, dim=1)
+        input, linear_weight = directions(input), directions(linear_weight)
     return torch.nn.functional.linear(input, linear_weight, linear_bias)
+
+
+def directions(x: Tensor, eps: float = 1e-8) -> Tensor:
+    """Rows of unit length. Dividing by max(norm, eps) would give a zero row a gradient of 1/eps; here it gets 0."""
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
+    return (x / torch.where(norm > eps, norm, torch.inf)).to(x.dtype)
 
 
 def silenced_classes(row_class: Tensor, offsets: Tensor, classes: Tensor, back_from: int) -> Tensor:
