@@ -3,13 +3,8 @@
 A test is named ``2048x512x8142-float32-upstream1-ours``, by N x D x C.
 """
 
-import pytest
-
-import ltkernels.functional as LF
 from benchmarks.linear import FAMILY  # noqa: F401  conftest makes the tests from it
 
 
 def test_forward_backward(case, variant, measure):
-    if variant == "ours" and not hasattr(LF, "linear_margin_cross_entropy"):
-        pytest.skip("this ltkernels has no linear_margin_cross_entropy yet")
     measure(case, variant)

@@ -1,7 +1,8 @@
-"""The bar chart of a report."""
+"""The bar charts of the reports: times faster on the left, what else was promised on the right."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import matplotlib
@@ -12,46 +13,56 @@ from matplotlib.axes import Axes  # noqa: E402
 
 from benchmarks import targets  # noqa: E402
 from benchmarks.results import Results  # noqa: E402
+from benchmarks.targets import CASE  # noqa: E402
 
 # Okabe and Ito's palette, told apart by people who see red and green alike.
-BLUE, ORANGE, GREY, BLACK = "#0072B2", "#E69F00", "#999999", "#000000"
+BLUE, ORANGE, GREY, BLACK, GREEN, SKY = "#0072B2", "#E69F00", "#999999", "#000000", "#009E73", "#56B4E9"
 BARS = {"ours": ("ltkernels", BLUE), "eager": ("eager torch", ORANGE), "eager-compiled": ("torch.compile", GREY)}
-_CASE = ("float32", "upstream1")
+DENSE_BARS = {
+    "dense": ("dense mask", ORANGE),
+    "dense-compiled": ("dense mask in torch.compile", GREY),
+    "dense-float64": ("dense mask in float64", SKY),
+}
+LINEAR_BARS = {
+    "eager": ("eager torch", ORANGE),
+    "eager-compiled": ("torch.compile", GREY),
+    "torch": ("F.linear_cross_entropy", SKY),
+    "torch-chunked": ("F.linear_cross_entropy, chunked", GREEN),
+    "liger": ("Liger-Kernel fused", BLACK),
+    "cut": ("cut-cross-entropy", "#CC79A7"),
+}
 
 
 def draw(results: Results, path: Path) -> None:
-    """Speed-ups over plain torch, and memory traffic against copies of the same size; float32, upstream gradient 1."""
+    """float32 and upstream gradient 1, where nothing else is said."""
+    title, widths, left_axes, right_axes = {
+        "margin": ("margin_cross_entropy, forward + backward, float32", (8, 5), _speedups, _traffic),
+        "auxiliary": ("auxiliary_cross_entropy, forward + backward", (8, 5), _over_dense, _over_plain),
+        "linear": ("linear_margin_cross_entropy, forward + backward, float32", (7, 6), _over_linear, _linear_memory),
+    }[results.family]
     with plt.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
-        figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.4), layout="constrained", width_ratios=(8, 5))
-        figure.suptitle(f"margin_cross_entropy, forward + backward, float32 - {results.machine['name']}")
-        _speedups(left, results)
-        _traffic(right, results)
+        figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.4), layout="constrained", width_ratios=widths)
+        figure.suptitle(f"{title} - {results.machine['name']}")
+        left_axes(left, results)
+        right_axes(right, results)
         figure.savefig(path, dpi=110)
         plt.close(figure)
 
 
+# -------------------------------------------------------------------------------------------------------------- margin
+
+
 def _speedups(axes: Axes, results: Results) -> None:
-    shapes, width = results.shapes(), 0.38
-    with_targets = bool(targets.targets(results))
-    for k, name in enumerate(("eager", "eager-compiled")):
-        label, color = BARS[name]
-        ratios = [results.ratio(shape, *_CASE, name, "ours") or 0.0 for shape in shapes]
-        left = [i + (k - 0.5) * width for i in range(len(shapes))]
-        axes.bar(left, ratios, width, color=color, label=f"over {label}")
-        # At the foot of the bars, where no target crosses them.
-        for x, ratio in zip(left, ratios, strict=True):
-            if ratio:
-                where = dict(xytext=(0, 3), textcoords="offset points", ha="center", fontsize=8)
-                axes.annotate(f"{ratio:.1f}", (x, 0), **where)
-        for x, shape in zip(left, shapes, strict=True):
-            if with_targets and shape in targets.SPEEDUPS:
-                first = k == 0 and shape == next(iter(targets.SPEEDUPS))
-                wanted = targets.SPEEDUPS[shape][k]
-                reach = (x - width / 2, x + width / 2)
-                axes.hlines(wanted, *reach, color=BLACK, linewidth=2, label="target" if first else None)
+    shapes = results.shapes()
+    wanted = targets.SPEEDUPS if targets.targets(results) else {}
+    peers = ("eager", "eager-compiled")
+    bars = {name: (f"over {BARS[name][0]}", BARS[name][1]) for name in peers}
+    values = {name: [results.ratio(shape, *CASE, name, "ours") for shape in shapes] for name in peers}
+    marks = {name: [wanted[shape][k] if shape in wanted else None for shape in shapes] for k, name in enumerate(peers)}
+    _grouped(axes, bars, values, marks)
     axes.axhline(1, color=BLACK, linewidth=0.8, linestyle=":")
     axes.set(title="Times faster", ylabel="time of the other / time of ltkernels", xlabel="N x C")
-    axes.set_xticks(range(len(shapes)), [shape.replace("x", " x\n") for shape in shapes])
+    _ticks(axes, shapes)
     axes.margins(y=0.12)
     axes.legend(frameon=False)
 
@@ -59,16 +70,121 @@ def _speedups(axes: Axes, results: Results) -> None:
 def _traffic(axes: Axes, results: Results) -> None:
     shapes, width = targets.large_shapes(results), 0.27
     for k, (name, (label, color)) in enumerate(BARS.items()):
-        variants = [results.variant(shape, *_CASE, name) for shape in shapes]
+        variants = [results.variant(shape, *CASE, name) for shape in shapes]
         left = [i + (k - 1) * width for i in range(len(shapes))]
         axes.bar(left, [v["gb_per_s"] if v else 0.0 for v in variants], width, color=color, label=label)
     lines = {"clone_fresh": ("x.clone() into fresh memory", "-"), "copy_warm": ("copy into warm memory", ":")}
     for rate, (label, style) in lines.items():
         for i, shape in enumerate(shapes):
-            height = results.cases.get((shape, *_CASE), {}).get(f"{rate}_gb_per_s")
+            height = results.cases.get((shape, *CASE), {}).get(f"{rate}_gb_per_s")
             if height is not None:
                 axes.hlines(height, i - 0.45, i + 0.45, BLACK, style, linewidth=1.5, label=None if i else label)
     axes.set(title="Memory traffic", ylabel="GB/s (logits read + gradient written)", xlabel="N x C")
-    axes.set_xticks(range(len(shapes)), [shape.replace("x", " x\n") for shape in shapes])
+    _ticks(axes, shapes)
     axes.margins(y=0.3)
     axes.legend(frameon=False, fontsize=8, ncols=2, loc="upper left")
+
+
+# ----------------------------------------------------------------------------------------------------------- auxiliary
+
+
+def _over_dense(axes: Axes, results: Results) -> None:
+    cases = list(results.cases)
+    values = {name: [results.ratio(*case, name, "ours") for case in cases] for name in DENSE_BARS}
+    wanted = {target.text.split(":")[0]: target.wanted for target in targets.targets(results) if not target.at_most}
+    marks = {"dense": [wanted.get(shape) if dtype == "float32" else None for shape, dtype, _ in cases]}
+    bars = {name: (f"over {label}", color) for name, (label, color) in DENSE_BARS.items()}
+    _grouped(axes, bars, values, marks)
+    axes.axhline(1, color=BLACK, linewidth=0.8, linestyle=":")
+    axes.set(title="Times faster", ylabel="time of the other / time of ltkernels", xlabel="N x K")
+    _case_ticks(axes, cases)
+    axes.margins(y=0.3)
+    axes.legend(frameon=False, ncols=2, loc="upper left")
+
+
+def _over_plain(axes: Axes, results: Results) -> None:
+    cases = list(results.cases)
+    values = {"ours": [results.ratio(*case, "ours", "plain") for case in cases]}
+    wanted = bool(targets.targets(results))
+    marks = {"ours": [targets.OVER_PLAIN if wanted and dtype == "float32" else None for _, dtype, _ in cases]}
+    _grouped(axes, {"ours": ("ltkernels", BLUE)}, values, marks, form="{:.2f}", mark="target: at most")
+    axes.axhline(1, color=BLACK, linewidth=0.8, linestyle=":")
+    axes.set(title="What silencing costs", ylabel="time / time of the plain margin kernel", xlabel="N x K")
+    _case_ticks(axes, cases)
+    axes.margins(y=0.3)
+    axes.legend(frameon=False, loc="upper left")
+
+
+# -------------------------------------------------------------------------------------------------------------- linear
+
+
+def _over_linear(axes: Axes, results: Results) -> None:
+    shapes = results.shapes()
+    values = {name: [results.ratio(shape, *CASE, name, "ours") for shape in shapes] for name in LINEAR_BARS}
+    bars = {name: bar for name, bar in LINEAR_BARS.items() if any(values[name])}
+    marks = {}
+    if targets.targets(results):  # limits on our time over theirs, here the other way round
+        marks["eager"] = [1 / targets.OVER_EAGER[s] if s in targets.OVER_EAGER else None for s in shapes]
+        marks["torch-chunked"] = [1 / targets.OVER_TORCH_CHUNKED if s in targets.OVER_EAGER else None for s in shapes]
+    _grouped(axes, bars, values, marks)
+    axes.axhline(1, color=BLACK, linewidth=0.8, linestyle=":")
+    axes.set(title="Times faster", ylabel="time of the other / time of ltkernels", xlabel="N x D x C")
+    _ticks(axes, shapes)
+    axes.margins(y=0.3)
+    axes.legend(frameon=False, ncols=2, loc="upper left")
+
+
+def _linear_memory(axes: Axes, results: Results) -> None:
+    shapes = results.shapes()
+    all_bars = {"ours": BARS["ours"]} | LINEAR_BARS
+    shares = {name: [targets.share_of_logits(results, s, "float32", name) for s in shapes] for name in all_bars}
+    bars = {name: bar for name, bar in all_bars.items() if any(shares[name])}
+    axes.set_yscale("log")
+    wanted = targets.SHARE_OF_LOGITS if targets.targets(results) else None
+    marks = {"ours": [wanted if shape == targets.LINEAR_MEMORY_SHAPE else None for shape in shapes]}
+    _grouped(axes, bars, shares, marks, form=None, mark="target: at most")
+    axes.axhline(1, color=BLACK, linewidth=0.8, linestyle=":")
+    label = "beyond inputs and gradients / N x C logits"
+    axes.set(title="Peak memory", ylabel=label, xlabel="N x D x C")
+    _ticks(axes, shapes)
+    axes.margins(y=0.4)
+    if bars:
+        axes.legend(frameon=False, fontsize=8, ncols=2, loc="upper left")
+
+
+# --------------------------------------------------------------------------------------------------------------- parts
+
+
+def _grouped(
+    axes: Axes,
+    bars: dict[str, tuple[str, str]],  # label and colour by name
+    values: dict[str, Sequence[float | None]],
+    marks: dict[str, Sequence[float | None]],  # targets, as lines across bars
+    form: str | None = "{:.1f}",
+    mark: str = "target",
+) -> None:
+    """A group of bars for each place, a bar for each name; places without a value stay empty."""
+    width = 0.76 / max(1, len(bars))
+    label: str | None = mark
+    for k, (name, (text, color)) in enumerate(bars.items()):
+        left = [i + (k - (len(bars) - 1) / 2) * width for i in range(len(values[name]))]
+        # On a logarithmic axis no bar can be of height 0.
+        there = [(x, value) for x, value in zip(left, values[name], strict=True) if value]
+        axes.bar([x for x, _ in there], [value for _, value in there], width, color=color, label=text)
+        for x, value in there if form else ():
+            # At the foot of the bars, where no target crosses them.
+            where = dict(xytext=(0, 3), textcoords="offset points", ha="center", fontsize=8)
+            axes.annotate(form.format(value), (x, 0), **where)
+        for x, wanted in zip(left, marks.get(name, ()), strict=False):
+            if wanted:
+                axes.hlines(wanted, x - width / 2, x + width / 2, color=BLACK, linewidth=2, label=label)
+                label = None
+
+
+def _ticks(axes: Axes, shapes: Iterable[str]) -> None:
+    names = [shape.replace("x", " x\n") for shape in shapes]
+    axes.set_xticks(range(len(names)), names)
+
+
+def _case_ticks(axes: Axes, cases: Sequence[tuple[str, str, str]]) -> None:
+    axes.set_xticks(range(len(cases)), [f"{shape.replace('x', ' x ')}\n{dtype}" for shape, dtype, _ in cases])

@@ -72,10 +72,8 @@ def measure(suite: Suite, record) -> Callable[[Case, str], None]:
             pytest.skip(str(reason))
         if measured.failure is not None:
             raise measured.failure
-        group = f"{case.family} {case}"
-        record(
-            measured.samples, group, measured.extra_info(case, FAMILIES[case.family].variants[variant], suite.device)
-        )
+        info = measured.extra_info(case, FAMILIES[case.family].variants[variant], suite.device)
+        record(measured.samples, f"{case.family} {case}", info)
 
     return measure
 

@@ -5,8 +5,10 @@ Shapes are N x D x C: N samples with D features, C classes.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -15,12 +17,13 @@ from torch import Tensor
 
 import ltkernels.functional as LF
 from benchmarks.interleave import Effort
-from benchmarks.problems import Case, Problem, long_tail, random_matrix
-from benchmarks.variants import Family, Variant, by_name
+from benchmarks.problems import DTYPES, Case, Problem, long_tail, one_thread, random_matrix
+from benchmarks.variants import Family, Step, Variant, by_name
 from ltkernels import margins
 
 SHAPES = ("256x2048x8142", "2048x512x8142", "4096x512x50304")
 LONG = 2e11  # floating-point operations of a pass from which it takes seconds on a CPU
+SLOW = 6.0  # times as long in bfloat16 as in float32
 
 
 def ours(x: Tensor, weight: Tensor, target: Tensor, bias: Tensor, reduction: str) -> Tensor:
@@ -114,7 +117,9 @@ class LinearProblem(Problem):
         return 6e-9 * n * d * c
 
     def roofline(self) -> dict[str, Any]:
-        long = self.x.device.type == "cpu" and (self.work() * 1e9 >= LONG or slow_products(self.case, "cpu"))
+        long = self.x.device.type == "cpu" and (
+            self.work() * 1e9 >= LONG or (self.case.dtype == "bfloat16" and slow_in_bfloat16("eager"))
+        )
         return {} if long else {"products": Products(self.x.detach(), self.weight.detach())}
 
     def exact(self, method: str) -> ExactLinear:
@@ -171,9 +176,25 @@ class Products:
         torch.mm(self._logits.T, self._x, out=self._gradients[1])
 
 
-def slow_products(case: Case, device: str) -> bool:
-    """Processors without bfloat16 arithmetic multiply such matrices by a loop that takes a hundred times as long."""
-    return device == "cpu" and case.dtype == "bfloat16" and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+@cache
+def slow_in_bfloat16(name: str) -> bool:
+    """Whether a variant takes much longer on this CPU in bfloat16 than in float32, tried out on a small case.
+
+    By the processor time of one thread, which other processes do not change.
+    For processors without bfloat16 arithmetic torch multiplies such matrices by a loop that takes up to a hundred
+    times as long. What turns to float32 for the products is measured, the rest would take the whole time there is.
+    """
+    variant = VARIANTS[name.removesuffix("-compiled")]
+    seconds = []
+    for dtype in DTYPES:
+        case = Case("64x512x1024", dtype, "upstream1", "linear")
+        step = Step(variant, case, LinearProblem(case), variant.loss)
+        with one_thread():
+            step.run()
+            start = time.thread_time()
+            step.run()
+            seconds.append(time.thread_time() - start)
+    return seconds[1] > SLOW * seconds[0]
 
 
 def _operations(case: Case) -> int:
@@ -189,8 +210,7 @@ def _leave_out(case: Case, variant: Variant, device: str, quick: bool) -> bool:
     if _operations(case) >= LONG:
         # A pass takes some ten seconds. Without options torch does what the eager variant does.
         return case.dtype == "bfloat16" or variant.name in ("torch", "eager-compiled")
-    # The others are those that may turn to float32 for the products.
-    return slow_products(case, device) and variant.name not in ("ours", "torch-chunked")
+    return case.dtype == "bfloat16" and slow_in_bfloat16(variant.name)
 
 
 def _effort(case: Case, effort: Effort, device: str) -> Effort:

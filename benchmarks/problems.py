@@ -134,7 +134,7 @@ class RowProblem(Problem):
         wanted = exact.row_loss if case.reduction == "none" else exact.row_loss.mean()
         loss_error = (loss.double() - wanted).abs().max() / wanted.abs().max()
         worst, largest = torch.zeros(2, dtype=torch.float64, device=gradient.device)
-        with _one_thread():
+        with one_thread():
             for rows in _row_blocks(gradient):
                 answer = exact.row_gradient[rows] * upstream[rows, None]
                 worst = torch.maximum(worst, (gradient[rows].double() - answer).abs().max())  # NaN stays NaN
@@ -145,7 +145,7 @@ class RowProblem(Problem):
 def exact_rows(x: Tensor, row_loss: Callable[[Tensor, slice], Tensor]) -> Exact:
     """``row_loss(x[rows] in float64, rows)`` gives the losses of some rows by the definition."""
     losses, gradient = [], torch.empty_like(x, dtype=torch.float64)
-    with _one_thread():
+    with one_thread():
         for rows in _row_blocks(x):
             block = x[rows].detach().double().requires_grad_()
             loss = row_loss(block, rows)
@@ -155,8 +155,8 @@ def exact_rows(x: Tensor, row_loss: Callable[[Tensor, slice], Tensor]) -> Exact:
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
-    """Blocks that fit the cache are too small to share: threads would only wait for each other."""
+def one_thread() -> Iterator[None]:
+    """For what is too small to share, such as blocks that fit the cache: threads would only wait for each other."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -11,8 +11,11 @@ from typing import Any
 HOW_TO_MEASURE = "Measure first: pytest benchmarks --benchmark-only --benchmark-json=benchmarks/results/cpu-raw.json"
 
 # What all variants of a case share, and what is one variant's own.
-_SHARED = ("shape", "dtype", "upstream", "bytes", "clone_fresh_gb_per_s", "clone_huge_gb_per_s", "copy_warm_gb_per_s")
-_OWN = ("gb_per_s", "peak_memory_bytes", "loss_error", "gradient_error")
+_SHARED = (
+    *("shape", "dtype", "upstream", "bytes", "clone_fresh_gb_per_s", "clone_huge_gb_per_s", "copy_warm_gb_per_s"),
+    *("products_gflop_per_s", "pairs", "map"),
+)
+_OWN = ("gb_per_s", "gflop_per_s", "peak_memory_bytes", "map_bytes", "loss_error", "gradient_error")
 _STATS = {"median": "median_s", "min": "min_s", "iqr": "iqr_s", "rounds": "rounds"}
 
 
@@ -22,11 +25,12 @@ class ResultsError(Exception):
 
 @dataclass
 class Results:
-    """``cases`` by (shape, dtype, upstream); each has what _SHARED names, and ``variants`` by name."""
+    """Of one family. ``cases`` by (shape, dtype, upstream); each has what _SHARED names, and ``variants`` by name."""
 
     machine: dict[str, Any]
     cases: dict[tuple[str, str, str], dict[str, Any]] = field(default_factory=dict)
     tests: dict[str, Any] | None = None  # of the GPU tests that ran with the benchmarks
+    family: str = "margin"
 
     def variant(self, shape: str, dtype: str, upstream: str, name: str) -> dict[str, Any] | None:
         return self.cases.get((shape, dtype, upstream), {}).get("variants", {}).get(name)
@@ -41,28 +45,29 @@ class Results:
 
     def save(self, path: Path) -> None:
         """One case a line: small, and a diff of two runs can be read."""
-        head = {"machine": self.machine} | ({"tests": self.tests} if self.tests else {})
+        head = {"machine": self.machine, "family": self.family} | ({"tests": self.tests} if self.tests else {})
         lines = ",\n".join(json.dumps(case) for case in self.cases.values())
         path.write_text(json.dumps(head)[:-1] + ', "cases": [\n' + lines + "\n]}\n")
 
 
-def load(paths: Iterable[Path]) -> Results:
-    """The results of one or several runs on one machine, raw or trimmed; of a case measured twice, the last."""
-    results: Results | None = None
+def load(paths: Iterable[Path]) -> dict[str, Results]:
+    """By family, the results of one or several runs on one machine, raw or trimmed; of a case measured twice, the last.
+
+    Families may have been measured on different machines: each gets a report of its own.
+    """
+    results: dict[str, Results] = {}
     for path in paths:
-        one = _load_one(path)
-        if results is None:
-            results = one
-        elif _hardware(results.machine) != _hardware(one.machine):
-            raise ResultsError(f"{path}: measured elsewhere or with another torch than the files before it")
-        else:
-            results.cases |= one.cases
-    if results is None:
+        for family, one in _load_one(path).items():
+            before = results.setdefault(family, one)
+            if _hardware(before.machine) != _hardware(one.machine):
+                raise ResultsError(f"{path}: measured elsewhere or with another torch than the files before it")
+            before.cases |= one.cases
+    if not results:
         raise ResultsError(f"no file of results given. {HOW_TO_MEASURE}")
     return results
 
 
-def _load_one(path: Path) -> Results:
+def _load_one(path: Path) -> dict[str, Results]:
     if not path.exists():
         raise ResultsError(f"{path}: no such file. {HOW_TO_MEASURE}")
     try:
@@ -72,23 +77,25 @@ def _load_one(path: Path) -> Results:
     if not isinstance(content, dict) or not ("benchmarks" in content or "cases" in content):
         raise ResultsError(f"{path}: holds neither pytest-benchmark's results nor ours. {HOW_TO_MEASURE}")
     results = _trim(content) if "benchmarks" in content else _trimmed(content)
-    if not results.cases:
+    if not any(one.cases for one in results.values()):
         raise ResultsError(f"{path}: holds no benchmark of this suite. {HOW_TO_MEASURE}")
     return results
 
 
-def _trimmed(content: dict) -> Results:
+def _trimmed(content: dict) -> dict[str, Results]:
+    family = content.get("family", "margin")  # files from when there was one family do not name it
     cases = {(case["shape"], case["dtype"], case["upstream"]): case for case in content["cases"]}
-    return Results(content["machine"], cases, content.get("tests"))
+    return {family: Results(content["machine"], cases, content.get("tests"), family)}
 
 
-def _trim(raw: dict) -> Results:
-    results = Results(raw["machine_info"])
+def _trim(raw: dict) -> dict[str, Results]:
+    results: dict[str, Results] = {}
     for benchmark in raw["benchmarks"]:
         info, stats = benchmark["extra_info"], benchmark["stats"]
         if "variant" not in info:
             continue
-        case = results.cases.setdefault(
+        family = info.get("family", "margin")
+        case = results.setdefault(family, Results(raw["machine_info"], family=family)).cases.setdefault(
             (info["shape"], info["dtype"], info["upstream"]),
             {name: _rounded(info[name]) for name in _SHARED if name in info} | {"variants": {}},
         )

@@ -12,12 +12,14 @@ import torch
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))  # the benchmarks are part of the repository, not of the installed package
 
-from benchmarks import peers, report, run_gpu  # noqa: E402
+from benchmarks import auxiliary, margin, report, run_gpu  # noqa: E402
+from benchmarks.families import FAMILIES  # noqa: E402
 from benchmarks.interleave import Effort, interleave  # noqa: E402
-from benchmarks.problems import SHAPES, Case, Problem, errors, exact_answer  # noqa: E402
+from benchmarks.problems import Case  # noqa: E402
 from benchmarks.results import ResultsError, load  # noqa: E402
 from benchmarks.suite import Suite  # noqa: E402
 from benchmarks.targets import targets  # noqa: E402
+from benchmarks.variants import Step, Variant  # noqa: E402
 
 MACHINE = {
     "device": "cpu",
@@ -33,6 +35,9 @@ MACHINE = {
     "quick": False,
 }
 SECONDS = {"ours": 1e-3, "eager": 4e-3, "eager-compiled": 2.45e-3, "ldam-ours": 1e-3, "ldam-authors": 15e-3}
+AUXILIARY_SECONDS = {"ours": 1.1e-3, "plain": 1e-3, "dense": 5e-3, "dense-compiled": 4e-3, "dense-float64": 9e-3}
+LINEAR_SECONDS = {"ours": 0.7, "separate": 0.8, "eager": 0.7, "torch": 0.75, "torch-chunked": 1.5}
+LOGITS = 4096 * 50304 * 4
 
 
 def benchmark(shape: str, dtype: str, variant: str, seconds: float) -> dict:
@@ -63,7 +68,7 @@ def raw(tmp_path: Path) -> Path:
         "commit_info": {"project": "secret"},
         "benchmarks": [
             benchmark(shape, dtype, variant, seconds * (1.02 if (shape, dtype) == ("512x1000", "bfloat16") else 1))
-            for shape in SHAPES
+            for shape in margin.SHAPES
             for dtype in ("float32", "bfloat16")
             for variant, seconds in SECONDS.items()
         ],
@@ -74,7 +79,7 @@ def raw(tmp_path: Path) -> Path:
 
 
 def test_targets_are_met_or_missed(raw):
-    verdicts = {target.text: target.verdict for target in targets(load([raw]))}
+    verdicts = {target.text: target.verdict for target in targets(load([raw])["margin"])}
     assert verdicts["512x1000: faster than eager"] == "met"
     assert verdicts["2048x8142: faster than eager"] == "**missed**"  # 4 of 4.5
     assert verdicts["128x100: faster than torch.compile"] == "**missed**"  # 2.45 of 2.5
@@ -104,6 +109,98 @@ def test_report_of_a_report_is_the_same(raw, tmp_path):
     report.main([str(tmp_path / "one" / "cpu.json"), "--out", str(tmp_path / "two")])
     for name in ("cpu.json", "cpu.md"):
         assert (tmp_path / "one" / name).read_text() == (tmp_path / "two" / name).read_text()
+
+
+def other_families() -> list[dict]:
+    """As measured on a CPU without bfloat16 arithmetic: of the linear variants only torch's chunks have bfloat16."""
+    found = []
+    for dtype in ("float32", "bfloat16"):
+        for shape in ("512x6012", "4096x6012"):
+            for variant, seconds in AUXILIARY_SECONDS.items():
+                one = benchmark(shape, dtype, variant, seconds)
+                held = {"ours": 127_000, "plain": 0}.get(variant, 145_000_000)
+                one["extra_info"] |= {"family": "auxiliary", "map_bytes": held, "pairs": 6851, "map": "generated"}
+                found.append(one)
+    for shape, slower in (("256x2048x8142", 1), ("2048x512x8142", 0.9), ("4096x512x50304", 20)):
+        for variant, seconds in LINEAR_SECONDS.items():
+            for dtype in ("float32", "bfloat16") if variant == "torch-chunked" and slower == 1 else ("float32",):
+                one = benchmark(shape, dtype, variant, seconds * slower if variant == "ours" else seconds * 20)
+                one["extra_info"] |= {"family": "linear", "products_gflop_per_s": 50.0}
+                one["extra_info"] |= {"gflop_per_s": 40.0, "peak_memory_bytes": LOGITS // 8 if slower == 20 else None}
+                del one["extra_info"]["gb_per_s"]
+                found.append(one)
+    return found
+
+
+@pytest.fixture
+def raw_of_all(raw) -> Path:
+    content = json.loads(raw.read_text())
+    content["benchmarks"] += other_families()
+    raw.write_text(json.dumps(content))
+    return raw
+
+
+def test_targets_of_the_other_families(raw_of_all):
+    families = load([raw_of_all])
+    verdicts = {target.text: target.verdict for target in targets(families["auxiliary"])}
+    assert verdicts["512x6012: times faster than the dense mask"] == "**missed**"  # 5 / 1.1
+    assert verdicts["4096x6012: time over that of the plain margin kernel"] == "met"  # 1.1 of 1.1
+    assert verdicts["MB that the neighbour map takes"] == "met"
+    verdicts = {target.text: target.verdict for target in targets(families["linear"])}
+    assert verdicts["4096x512x50304: peak memory beyond inputs and gradients, over the logits"] == "met"  # an eighth
+    assert verdicts["4096x512x50304: time over that of F.linear and F.cross_entropy"] == "met"  # equal
+    assert verdicts["4096x512x50304: time over that of F.linear_cross_entropy, chunked"] == "met"  # 14 of 30 s
+    assert len(verdicts) == 7
+
+
+def test_each_family_has_a_report_of_its_own(raw_of_all, tmp_path, capsys):
+    report.main([str(raw_of_all), "--out", str(tmp_path)])
+    text = (tmp_path / "auxiliary-cpu.md").read_text()
+    assert "| 4096 x 6012 | 1.1 ms ~ | 1 ms ~ | 1.10x | 4.55x | 3.64x | 8.18x |" in text
+    assert "A map of 6,851 pairs, generated." in text and "| ltkernels | 0.127 |" in text and "| 145 |" in text
+    text = (tmp_path / "linear-cpu.md").read_text()
+    assert "| 4096 x 512 x 50304 | 14 s ~ | 1.00x |  | 0.93x | 0.47x | 0.88x |" in text
+    assert "| 4096 x 512 x 50304 | float32 | 0.125 | 0.125 |" in text
+    assert "Not measured in bfloat16: ltkernels, F.linear, then ltkernels, eager torch" in text
+    assert "| 2048 x 512 x 8142 | float32 | 40.0 | 40.0 | 50.0 |" in text
+    for name in ("cpu", "auxiliary-cpu", "linear-cpu"):
+        assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+        assert "## Targets: " in (tmp_path / f"{name}.md").read_text()
+    assert "auxiliary" not in (tmp_path / "cpu.json").read_text()
+    again = tmp_path / "again"
+    report.main([str(tmp_path / "linear-cpu.json"), "--out", str(again)])
+    assert sorted(path.name for path in again.iterdir()) == ["linear-cpu.json", "linear-cpu.md", "linear-cpu.png"]
+    assert (again / "linear-cpu.md").read_text() == text
+
+
+def test_results_of_before_there_were_families_can_be_read(raw, tmp_path):
+    report.main([str(raw), "--out", str(tmp_path)])
+    path = tmp_path / "cpu.json"
+    path.write_text(path.read_text().replace('"family": "margin", ', ""))
+    assert load([path]).keys() == {"margin"}
+
+
+def test_the_neighbour_map_is_generated_or_read(tmp_path, monkeypatch):
+    case = Case("2x6012", "float32", "upstream1", "auxiliary")
+    monkeypatch.delenv("LTKERNELS_NEIGHBORS", raising=False)
+    pairs = auxiliary.AuxiliaryProblem(case).pairs
+    assert len(pairs) == len(pairs.unique(dim=0)) == 6851
+    assert torch.equal(pairs[:, 1].unique(), torch.arange(1000, 6012)) and pairs[:, 0].bincount().max() == 8
+    assert torch.equal(pairs, auxiliary.AuxiliaryProblem(case).pairs)
+
+    path = tmp_path / "map.csv"
+    monkeypatch.setenv("LTKERNELS_NEIGHBORS", str(path))
+    path.write_text("name,target_class,auxiliary_class\na,3,1000\nb,999,6011\n")
+    problem = auxiliary.AuxiliaryProblem(case)
+    assert problem.pairs.tolist() == [[3, 1000], [999, 6011]]
+    assert problem.info(("neighbors",))["map"] == "read from a file"
+    for wrong, message in (
+        ("target_class\n1\n", "no auxiliary_class"),
+        ("target_class,auxiliary_class\n1,2\n", "1000"),
+    ):
+        path.write_text(wrong)
+        with pytest.raises(ValueError, match=message):
+            auxiliary.AuxiliaryProblem(case)
 
 
 def test_runs_of_two_machines_are_not_merged(raw, tmp_path):
@@ -154,28 +251,44 @@ def test_every_round_runs_every_step_in_an_order_of_its_own(monkeypatch):
     assert all(sorted(one) == list("abcd") for one in rounds) and len(set(rounds)) > 3
 
 
-@pytest.mark.parametrize("name", [name for name, variant in peers.VARIANTS.items() if variant.package is None])
-def test_variants_give_the_exact_answer(name, one_thread):
-    variant = peers.VARIANTS[name]
-    for upstream in ("half", "none"):
-        case = Case("64x100", "float32", upstream)
-        problem = Problem(case)
-        step = peers.Step(variant, case, problem, variant.loss)
+VARIANTS = [(family, name) for family in FAMILIES.values() for name in family.variants]
+
+
+@pytest.mark.parametrize("family, name", VARIANTS, ids=[f"{family.name}-{name}" for family, name in VARIANTS])
+def test_variants_give_the_exact_answer(family, name, one_thread):
+    variant = family.variants[name]
+    if variant.package is not None:
+        pytest.skip(f"{variant.package} needs a GPU")
+    shape = {"margin": "64x100", "auxiliary": "64x96", "linear": "600x16x1100"}[family.name]
+    for upstream in ("half", "none") if family.name == "margin" else ("upstream1",):
+        case = Case(shape, "float32", upstream, family.name)
+        problem = family.problem(case, "cpu", False)
+        step = Step(variant, case, problem, variant.loss)
         loss = step.run().detach()
-        assert max(errors(case, problem, exact_answer(problem, variant.method), loss, step.leaf.grad)) < 1e-5
+        assert max(problem.errors(case, problem.exact(variant.method), loss, step.gradients)) < 1e-5
+
+
+def test_a_gradient_that_is_wrong_in_one_class_is_found(one_thread):
+    case = Case("64x16x100", "float32", "upstream1", "linear")
+    problem = FAMILIES["linear"].problem(case, "cpu", False)
+    variant = FAMILIES["linear"].variants["eager"]
+    step = Step(variant, case, problem, variant.loss)
+    loss = step.run().detach()
+    step.gradients[1][7] *= 2
+    assert problem.errors(case, problem.exact("bias"), loss, step.gradients)[1] > 1e-3
 
 
 def test_a_wrong_variant_fails_alone(monkeypatch, one_thread):
     def wrong(logits, target, bias, reduction):
-        return peers.eager(logits, target, bias, reduction) * 1.0001
+        return margin.eager(logits, target, bias, reduction) * 1.0001
 
-    monkeypatch.setitem(peers.VARIANTS, "wrong", peers.Variant("wrong", wrong))
+    monkeypatch.setitem(margin.VARIANTS, "wrong", Variant("wrong", wrong))
     case = Case("64x100", "float32", "upstream1")
     suite = Suite([(case, "ours"), (case, "wrong")], Effort(0, 1), measure_memory=False)
     assert isinstance(suite.measured(case, "wrong").failure, AssertionError)
     ours = suite.measured(case, "ours")
     assert ours.failure is None and len(ours.samples) == 1
-    assert {"clone_fresh", "copy_warm"} <= ours.roofline.keys()
+    assert {"clone_fresh_gb_per_s", "copy_warm_gb_per_s"} <= ours.roofline.keys()
 
 
 @pytest.mark.slow
@@ -185,9 +298,9 @@ def test_peak_memory_of_plain_torch_is_that_of_its_temporaries():
 
     case = Case("1024x1000", "float32", "upstream1")
     matrix = case.bytes // 2
-    plain = peak_on_cpu(case, peers.VARIANTS["eager"])
+    plain = peak_on_cpu(case, margin.VARIANTS["eager"])
     assert 1.9 * matrix < plain < 2.5 * matrix  # logits + bias, and its log-softmax
-    assert peak_on_cpu(case, peers.VARIANTS["ours"]) < 0.3 * matrix
+    assert peak_on_cpu(case, margin.VARIANTS["ours"]) < 0.3 * matrix
 
 
 @pytest.mark.slow
@@ -195,10 +308,11 @@ def test_the_suite_runs_under_pytest(run_python, tmp_path):
     path = tmp_path / "raw.json"
     run_python(
         *("-m", "pytest", "benchmarks", "--benchmark-only", "--quick", "-p", "no:cacheprovider"),
-        *("-k", "128x10 and (upstream1 or none) and not compiled", f"--benchmark-json={path}"),
+        *("-k", "(upstream1 or none) and not compiled", f"--benchmark-json={path}"),
     )
-    results = load([path])
-    assert len(results.cases) == 4
+    families = load([path])
+    results = families["margin"]
+    assert families.keys() == FAMILIES.keys() and len(results.cases) == 4
     case = results.cases["128x10", "float32", "upstream1"]
     assert case["variants"].keys() == {"ours", "eager", "ldam-ours", "ldam-authors"}
     assert case["bytes"] == 2 * 128 * 10 * 4 and case["clone_fresh_gb_per_s"] > 0
