@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections import Counter
 from typing import NamedTuple
 
@@ -29,7 +30,7 @@ WEIGHT, SAMPLE_WEIGHT, MARGIN, BIAS, CLASS_SCALE, ONE_SCALE, MASK, PAIRWISE = ra
 # for the rest, of each of them.
 RUNTIME_ARGUMENTS = (
     "n_rows", "n_classes", "class_units", "logits_units", "target_units", "mask_units", "ignore_index", "flags",
-    "n_parts", "inline_rows", "loss_stride", "lse_stride", "has_lse", "rows_per_program",
+    "n_parts", "inline_rows", "loss_stride", "lse_stride", "has_lse", "rows_per_program", "back_from",
 )  # fmt: skip
 
 
@@ -45,6 +46,9 @@ class Operands(NamedTuple):
     pairwise_margin: Tensor  # Delta (C, C)
     mask: Tensor  # (C,) or (N, C) bool, unit stride along classes
     sample_weight: Tensor  # u (N,)
+    row_class: Tensor  # (N,) y where the target is a distribution, to look up S(y)
+    neighbor_offsets: Tensor  # (C + 1,) int32: S(y) is
+    neighbor_classes: Tensor  # neighbor_classes[neighbor_offsets[y] : neighbor_offsets[y + 1]]
 
 
 class Inputs(NamedTuple):
@@ -53,20 +57,25 @@ class Inputs(NamedTuple):
     operands: Operands
     flags: int
     affine: bool  # an a or b per class
-    additive: bool  # a mask or Delta
+    additive: bool  # a mask, Delta or silenced neighbours
     dense: bool  # the target is a distribution: probabilities or smoothing
     vec: int  # elements that a thread can load at once
     class_units: int  # C and row strides, in units of vec
     logits_units: int
     target_units: int
     mask_units: int
+    log_neighbor: float  # log(lambda), -inf for lambda = 0
+    back_from: int  # rows of classes from here on silence all others from here on; C: none
 
 
 def prepare(
     stats, logits, target, weight, logit_scale, logit_bias, target_margin, pairwise_margin, mask, sample_weight,
-    label_smoothing,
+    row_class, neighbor_offsets, neighbor_classes, neighbor_weight, back_from, label_smoothing,
 ) -> Inputs:  # fmt: skip
-    """`stats` stands in for absent operands: its dtype is their usual one, so that presence does not recompile."""
+    """`stats` stands in for absent operands: its dtype is their usual one, so that presence does not recompile.
+
+    For the neighbours it is not: whether they are integers tells the kernels, as a constant, whether there are any.
+    """
     flags = 0
     optional = []
     for x, bit in (
@@ -98,20 +107,24 @@ def prepare(
     bits = n_classes | logits_stride | target_stride | mask_stride | (16 // logits.element_size())
     vec = bits & -bits
     weight, logit_scale, logit_bias, target_margin, pairwise_margin, sample_weight = optional
+    silencing = (row_class, neighbor_offsets, neighbor_classes)
     return Inputs(
         Operands(
             logits, target, weight, logit_scale, logit_bias, target_margin, pairwise_margin,
             stats if mask is None else mask, sample_weight,
+            *(stats if x is None else x.contiguous() for x in silencing),
         ),
         flags,
         bool(flags & (1 << CLASS_SCALE | 1 << BIAS)),
-        bool(flags & (1 << MASK | 1 << PAIRWISE)),
+        bool(flags & (1 << MASK | 1 << PAIRWISE)) or neighbor_offsets is not None,
         probabilities or label_smoothing != 0.0,
         vec,
         n_classes // vec,
         logits_stride // vec,
         target_stride // vec,
         mask_stride // vec,
+        math.log(neighbor_weight) if neighbor_weight > 0 else -math.inf,
+        back_from if back_from >= 0 else n_classes,
     )  # fmt: skip
 
 

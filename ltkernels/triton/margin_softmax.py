@@ -1,16 +1,18 @@
 """Margin-adjusted softmax cross-entropy over rows of logits, for CUDA in Triton.
 
-    v[i,j]  = s * (a[j] * f[i,j] - m[j] * t[i,j]) + b[j] + Delta[y_i, j]                    -inf where mask is False
+    v[i,j]  = s * (a[j] * f[i,j] - m[j] * t[i,j]) + b[j] + Delta[y_i, j] + log(lambda) [j in S(y_i)]
+              (-inf where mask is False, and in S(y_i) if lambda = 0: such t'[i,j] are 0)
     t'[i,j] = w[j] * ((1 - eps) * t[i,j] + eps / |allowed_i|)             T_i = sum_j t'[i,j]
     r_i     = T_i * logsumexp_j v[i,j] - sum_j t'[i,j] * v[i,j]           loss_i = u_i * r_i / Z
     G[i,j]  = (c_i * T_i + e_i) * softmax_j(v_i) - c_i * t'[i,j]          dloss/df[i,j] = s * a[j] * G[i,j]
 
 with c_i the upstream gradient of the row's loss times u_i / Z, and e_i that of its log-sum-exp. Z is sum_i u_i w[y_i]
-over the rows kept (class indices) or sum_i u_i (probabilities) under a mean, else 1.
+over the rows kept (class indices) or sum_i u_i (probabilities) under a mean, else 1. S(y) are the classes that rows of
+class y silence: a sparse map, and for classes from back_from on all others from there on.
 
 The forward pass reads the logits once and, if asked, writes the gradient for an upstream gradient of 1. The backward
 pass (margin_softmax_backward.py) serves everything which that gradient does not cover: it recomputes G from the
-logits and the row statistics. The kernels are compiled for {a or b per class} x {mask or Delta} x {one class or a
+logits and the row statistics. The kernels are compiled for {a or b per class} x {mask, Delta or S} x {one class or a
 distribution as target} x {gradient}; whatever else differs between calls is a number or a flag read at run time.
 """
 
@@ -85,6 +87,8 @@ def _forward_whole_rows(
     z_constant: tl.float64,
     scale: tl.float64,
     smoothing: tl.float64,
+    log_neighbor: tl.float64,  # log(lambda)
+    back_from,
     VEC: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,  # at least C
@@ -98,6 +102,7 @@ def _forward_whole_rows(
     ACC: tl.constexpr = stats_ptr.dtype.element_ty
     n_classes = class_units * VEC
     shape = (n_classes, logits_units * VEC, target_units * VEC, mask_units * VEC)
+    silencing = (log_neighbor, back_from)
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     cols = tl.arange(0, BLOCK)
     present = rows < n_rows
@@ -107,7 +112,7 @@ def _forward_whole_rows(
     if DENSE:
         share = smoothing_share(p, rows, present, n_classes, shape[3], smoothing, flags, ADDITIVE, ACC, BLOCK)
     v, weighted, allowed, slope, f, t = row_tile(
-        p, rows, cols, present, row, share, shape, scale, smoothing, flags, AFFINE, ADDITIVE, DENSE, ACC
+        p, rows, cols, present, row, share, shape, scale, smoothing, silencing, flags, AFFINE, ADDITIVE, DENSE, ACC
     )
 
     top = tl.max(v, axis=1)
@@ -137,6 +142,7 @@ def _forward_whole_rows(
 def _forward_two_sweeps(
     p, loss_ptr, stats_ptr, grad_ptr, z_parts_ptr, n_rows, class_units, logits_units, target_units, mask_units,
     ignore_index, flags, n_parts, inline_rows, z_constant: tl.float64, scale: tl.float64, smoothing: tl.float64,
+    log_neighbor: tl.float64, back_from,
     VEC: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, Z_BLOCK: tl.constexpr,
     AFFINE: tl.constexpr, ADDITIVE: tl.constexpr, DENSE: tl.constexpr, GRAD: tl.constexpr,
 ):  # fmt: skip
@@ -144,6 +150,7 @@ def _forward_two_sweeps(
     ACC: tl.constexpr = stats_ptr.dtype.element_ty
     n_classes = class_units * VEC
     shape = (n_classes, logits_units * VEC, target_units * VEC, mask_units * VEC)
+    silencing = (log_neighbor, back_from)
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     present = rows < n_rows
     row = row_operands(p, rows, present, n_rows, n_classes, ignore_index, flags, ACC)
@@ -159,7 +166,7 @@ def _forward_two_sweeps(
     for start in range(0, n_classes, BLOCK):
         cols = start + tl.arange(0, BLOCK)
         tile = row_tile(
-            p, rows, cols, present, row, share, shape, scale, smoothing, flags, AFFINE, ADDITIVE, DENSE, ACC
+            p, rows, cols, present, row, share, shape, scale, smoothing, silencing, flags, AFFINE, ADDITIVE, DENSE, ACC
         )
         v = tile[0]
         new_top = tl.maximum(top, tl.max(v, axis=1))
@@ -189,7 +196,21 @@ def _forward_two_sweeps(
         for start in range(0, n_classes, BLOCK):
             cols = start + tl.arange(0, BLOCK)
             v, weighted, allowed, slope, f, t = row_tile(
-                p, rows, cols, present, row, share, shape, scale, smoothing, flags, AFFINE, ADDITIVE, DENSE, ACC
+                p,
+                rows,
+                cols,
+                present,
+                row,
+                share,
+                shape,
+                scale,
+                smoothing,
+                silencing,
+                flags,
+                AFFINE,
+                ADDITIVE,
+                DENSE,
+                ACC,
             )
             g = tl.exp(v - _shift(top)[:, None]) * k[:, None] - c[:, None] * weighted
             _store_gradient(grad_ptr, rows, cols, present, row, allowed, g, slope, n_classes)
@@ -225,7 +246,7 @@ def margin_softmax_fwd(
     if n_rows > 0:
         x = _launch.prepare(
             stats, logits, target, weight, logit_scale, logit_bias, target_margin, pairwise_margin, mask,
-            sample_weight, label_smoothing,
+            sample_weight, row_class, neighbor_offsets, neighbor_classes, neighbor_weight, back_from, label_smoothing,
         )  # fmt: skip
         plain = not (x.affine or x.additive or x.dense) and x.vec * logits.element_size() == 16
         limit = _launch.WHOLE_PLAIN_ROW_CLASSES if plain else _launch.WHOLE_ROW_CLASSES
@@ -237,8 +258,9 @@ def margin_softmax_fwd(
             kernel[(ceil_div(n_rows, rows),)](
                 x.operands, row_loss, stats, grad, z_parts, n_rows, x.class_units, x.logits_units, x.target_units,
                 x.mask_units, ignore_index, x.flags, n_parts, inline_rows, z_constant, scale, label_smoothing,
-                VEC=x.vec, ROWS=rows, BLOCK=block, Z_BLOCK=128 * min(warps, 4), AFFINE=x.affine,
-                ADDITIVE=x.additive, DENSE=x.dense, GRAD=with_grad, num_warps=warps, enable_fp_fusion=True,
+                x.log_neighbor, x.back_from, VEC=x.vec, ROWS=rows, BLOCK=block, Z_BLOCK=128 * min(warps, 4),
+                AFFINE=x.affine, ADDITIVE=x.additive, DENSE=x.dense, GRAD=with_grad, num_warps=warps,
+                enable_fp_fusion=True,
             )  # fmt: skip
     if reduction == 0:
         return row_loss, stats, grad

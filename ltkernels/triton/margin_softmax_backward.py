@@ -48,6 +48,8 @@ def _row_coefficients(
     has_lse,
     z_constant: tl.float64,
     smoothing: tl.float64,
+    log_neighbor: tl.float64,
+    back_from,
     VEC: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -58,6 +60,7 @@ def _row_coefficients(
     ACC: tl.constexpr = coefficients_ptr.dtype.element_ty
     n_classes = class_units * VEC
     shape = (n_classes, 0, target_units * VEC, mask_units * VEC)
+    silencing = (log_neighbor, back_from)
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     present = rows < n_rows
     row = row_operands(p, rows, present, n_rows, n_classes, ignore_index, flags, ACC)
@@ -71,7 +74,7 @@ def _row_coefficients(
             cols = start + tl.arange(0, BLOCK)
             # Only t' is used: the compiler drops the loads of everything else.
             tile = row_tile(
-                p, rows, cols, present, row, share, shape, 1.0, smoothing, flags, False, ADDITIVE, True, ACC
+                p, rows, cols, present, row, share, shape, 1.0, smoothing, silencing, flags, False, ADDITIVE, True, ACC
             )
             lanes += tile[1]
         total = tl.sum(lanes, axis=1)
@@ -80,17 +83,21 @@ def _row_coefficients(
     )
     c = tl.load(grad_loss_ptr + rows * loss_stride, mask=present, other=0.0).to(ACC) * u * inverse_z
     e = tl.load(grad_lse_ptr + rows * lse_stride, mask=rows < n_rows * has_lse, other=0.0).to(ACC)
-    tl.store(coefficients_ptr + rows, tl.where(kept, c * nan_if_out_of_range(p, row, total) + e, 0.0), mask=present)
+    tl.store(
+        coefficients_ptr + rows,
+        tl.where(kept, c * nan_if_out_of_range(p, row, total) + e, 0.0),
+        mask=present,
+    )
     tl.store(coefficients_ptr + n_rows + rows, tl.where(kept, c, 0.0), mask=present)
     tl.store(coefficients_ptr + n_rows + (n_rows + rows), share, mask=present)
 
 
 @triton.jit
 def _gradient_tile(
-    p, stats_ptr, coefficients_ptr, rows, cols, present, n_rows, shape, ignore_index, scale, smoothing, flags,
-    AFFINE: tl.constexpr, ADDITIVE: tl.constexpr, DENSE: tl.constexpr, ACC: tl.constexpr,
+    p, stats_ptr, coefficients_ptr, rows, cols, present, n_rows, shape, ignore_index, scale, smoothing, silencing,
+    flags, AFFINE: tl.constexpr, ADDITIVE: tl.constexpr, DENSE: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """(ROWS, BLOCK) each: G, exactly 0 where a class is masked or a row ignored, f with 0 for -inf, t; and s * a."""
+    """(ROWS, BLOCK) each: G, exactly 0 where a class is removed or a row ignored, f with 0 for -inf, t; and s * a."""
     row = row_operands(p, rows, present, n_rows, shape[0], ignore_index, flags, ACC)
     top = tl.load(stats_ptr + rows, mask=present, other=0.0)
     logsum = tl.load(stats_ptr + n_rows + rows, mask=present, other=0.0)
@@ -98,7 +105,7 @@ def _gradient_tile(
     target_weight = tl.load(coefficients_ptr + n_rows + rows, mask=present, other=0.0)
     share = tl.load(coefficients_ptr + n_rows + (n_rows + rows), mask=present, other=0.0)
     v, weighted, allowed, slope, f, t = row_tile(
-        p, rows, cols, present, row, share, shape, scale, smoothing, flags, AFFINE, ADDITIVE, DENSE, ACC
+        p, rows, cols, present, row, share, shape, scale, smoothing, silencing, flags, AFFINE, ADDITIVE, DENSE, ACC
     )
     softmax = tl.exp((v - top[:, None]) - logsum[:, None])
     active = allowed & row[1][:, None]
@@ -123,6 +130,8 @@ def _backward(
     rows_per_program,
     scale: tl.float64,
     smoothing: tl.float64,
+    log_neighbor: tl.float64,
+    back_from,
     VEC: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -136,6 +145,7 @@ def _backward(
     ACC: tl.constexpr = stats_ptr.dtype.element_ty
     n_classes = class_units * VEC
     shape = (n_classes, logits_units * VEC, target_units * VEC, mask_units * VEC)
+    silencing = (log_neighbor, back_from)
     cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     begin = tl.program_id(0).to(tl.int64) * rows_per_program
     end = tl.minimum(begin + rows_per_program, n_rows)
@@ -146,8 +156,8 @@ def _backward(
         rows = start + tl.arange(0, ROWS)
         present = rows < end
         g, f, t, slope = _gradient_tile(
-            p, stats_ptr, coefficients_ptr, rows, cols, present, n_rows, shape, ignore_index, scale, smoothing, flags,
-            AFFINE, ADDITIVE, DENSE, ACC,
+            p, stats_ptr, coefficients_ptr, rows, cols, present, n_rows, shape, ignore_index, scale, smoothing,
+            silencing, flags, AFFINE, ADDITIVE, DENSE, ACC,
         )  # fmt: skip
         if GRAD:
             inside = present[:, None] & (cols < n_classes)[None, :]
@@ -183,6 +193,8 @@ def _pairwise_backward(
     flags,
     scale: tl.float64,
     smoothing: tl.float64,
+    log_neighbor: tl.float64,
+    back_from,
     VEC: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -193,6 +205,7 @@ def _pairwise_backward(
     ACC: tl.constexpr = stats_ptr.dtype.element_ty
     n_classes = class_units * VEC
     shape = (n_classes, logits_units * VEC, 0, mask_units * VEC)
+    silencing = (log_neighbor, back_from)
     label = tl.program_id(0).to(tl.int64)
     cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     begin = tl.load(bounds_ptr + label)
@@ -203,8 +216,8 @@ def _pairwise_backward(
         present = places < end
         rows = tl.load(order_ptr + places, mask=present, other=0)
         g, f, t, slope = _gradient_tile(
-            p, stats_ptr, coefficients_ptr, rows, cols, present, n_rows, shape, ignore_index, scale, smoothing, flags,
-            AFFINE, True, DENSE, ACC,
+            p, stats_ptr, coefficients_ptr, rows, cols, present, n_rows, shape, ignore_index, scale, smoothing,
+            silencing, flags, AFFINE, True, DENSE, ACC,
         )  # fmt: skip
         lanes += g
     tl.store(grad_ptr + label * n_classes + cols, tl.sum(lanes, axis=0), mask=cols < n_classes)
@@ -223,7 +236,12 @@ def margin_softmax_bwd(
     pairwise_margin: Tensor | None,
     mask: Tensor | None,
     sample_weight: Tensor | None,
+    row_class: Tensor | None,
+    neighbor_offsets: Tensor | None,
+    neighbor_classes: Tensor | None,
     scale: float,
+    neighbor_weight: float,
+    back_from: int,
     reduction: int,
     ignore_index: int,
     label_smoothing: float,
@@ -237,7 +255,7 @@ def margin_softmax_bwd(
         return grad_logits, grad_class, stats.new_zeros((n_classes, n_classes) if grads & 4 else (0,))
     x = _launch.prepare(
         stats, logits, target, weight, logit_scale, logit_bias, target_margin, pairwise_margin, mask, sample_weight,
-        label_smoothing,
+        row_class, neighbor_offsets, neighbor_classes, neighbor_weight, back_from, label_smoothing,
     )  # fmt: skip
     stats = stats.contiguous()
     with torch.cuda.device_of(logits):
@@ -261,8 +279,9 @@ def _launch_row_coefficients(x, grad_loss, grad_lse, stats, reduction, ignore_in
         x.operands, coefficients, grad_loss, stats if grad_lse is None else grad_lse, z_parts, n_rows, x.class_units,
         x.target_units, x.mask_units, ignore_index, x.flags, n_parts, inline_rows,
         grad_loss.stride(0) if grad_loss.dim() else 0, 0 if grad_lse is None else grad_lse.stride(0),
-        int(grad_lse is not None), z_constant, label_smoothing, VEC=x.vec, ROWS=rows, BLOCK=block, Z_BLOCK=512,
-        ADDITIVE=x.additive, DENSE=x.dense, num_warps=4, enable_fp_fusion=True,
+        int(grad_lse is not None), z_constant, label_smoothing, x.log_neighbor, x.back_from,
+        VEC=x.vec, ROWS=rows, BLOCK=block, Z_BLOCK=512, ADDITIVE=x.additive, DENSE=x.dense, num_warps=4,
+        enable_fp_fusion=True,
     )  # fmt: skip
     return coefficients
 
@@ -285,9 +304,9 @@ def _launch_backward(
     kernel_calls["triton.margin_softmax.backward"] += 1
     _backward[(parts, column_blocks)](
         x.operands, stats, coefficients, grad_logits, sums, n_rows, x.class_units, x.logits_units, x.target_units,
-        x.mask_units, ignore_index, x.flags, rows_per_program, scale, label_smoothing, VEC=x.vec, ROWS=rows,
-        BLOCK=block, AFFINE=x.affine, ADDITIVE=x.additive, DENSE=x.dense, GRAD=with_logits, CLASS=with_class,
-        num_warps=warps, enable_fp_fusion=True,
+        x.mask_units, ignore_index, x.flags, rows_per_program, scale, label_smoothing, x.log_neighbor,
+        x.back_from, VEC=x.vec, ROWS=rows, BLOCK=block, AFFINE=x.affine, ADDITIVE=x.additive, DENSE=x.dense,
+        GRAD=with_logits, CLASS=with_class, num_warps=warps, enable_fp_fusion=True,
     )  # fmt: skip
     return sums.sum(1) if with_class else sums
 
@@ -302,7 +321,7 @@ def _launch_pairwise_backward(x, stats, coefficients, scale, ignore_index, label
     kernel_calls["triton.margin_softmax.pairwise_backward"] += 1
     _pairwise_backward[(n_classes, ceil_div(n_classes, block))](
         x.operands, stats, coefficients, grad, order, bounds, n_rows, x.class_units, x.logits_units, x.mask_units,
-        ignore_index, x.flags, scale, label_smoothing, VEC=x.vec, ROWS=rows, BLOCK=block, AFFINE=x.affine,
-        DENSE=x.dense, num_warps=warps, enable_fp_fusion=True,
+        ignore_index, x.flags, scale, label_smoothing, x.log_neighbor, x.back_from, VEC=x.vec, ROWS=rows,
+        BLOCK=block, AFFINE=x.affine, DENSE=x.dense, num_warps=warps, enable_fp_fusion=True,
     )  # fmt: skip
     return grad

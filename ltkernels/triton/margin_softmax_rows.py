@@ -29,32 +29,38 @@ def row_operands(
     SAMPLE_WEIGHT: tl.constexpr = _launch.SAMPLE_WEIGHT,
     MARGIN: tl.constexpr = _launch.MARGIN,
 ):
-    """(ROWS,) each: class y (-1 if it has none, is ignored or out of range), kept, u, w[y] and m[y]."""
+    """(ROWS,) each: class y (-1 if there is none, it is ignored or out of range), kept, u, w[y] and m[y].
+
+    y is the class index, or row_class where the target is a distribution.
+    """
     u = tl.load(p.sample_weight + rows, mask=present & (rows < _length(n_rows, flags, SAMPLE_WEIGHT)), other=1.0)
     u = u.to(ACC)
     zero = tl.zeros_like(u)
     if p.target.dtype.element_ty.is_floating():
-        y = (zero - 1).to(tl.int32)
         kept = present
+        label = (zero - 1).to(tl.int64)
+        if p.neighbor_offsets.dtype.element_ty.is_int():
+            label = tl.load(p.row_class + rows, mask=present, other=0).to(tl.int64)
+        valid = kept & (label >= 0) & (label < n_classes)
         w_y = zero + 1
         m_y = zero
     else:
         label = tl.load(p.target + rows, mask=present, other=0).to(tl.int64)
         kept = present & (label != ignore_index)
         valid = kept & (label >= 0) & (label < n_classes)
-        # 32 bits, because every element of a tile is compared with it.
-        y = tl.where(valid, label, -1).to(tl.int32)
         has_weight = valid & (label < _length(n_classes, flags, WEIGHT))
         has_margin = valid & (label < _length(n_classes, flags, MARGIN))
         w_y = tl.load(p.weight + label, mask=has_weight, other=1.0).to(ACC)
         m_y = tl.load(p.target_margin + label, mask=has_margin, other=0.0).to(ACC)
+    # 32 bits, because every element of a tile is compared with it.
+    y = tl.where(valid, label, -1).to(tl.int32)
     return y, kept, u, w_y, m_y
 
 
 @triton.jit
 def nan_if_out_of_range(p, row, x):
-    """x, or NaN where a row that is kept has a class index out of range."""
-    if not p.target.dtype.element_ty.is_floating():
+    """x, or NaN where a row that is kept has a class out of range."""
+    if not p.target.dtype.element_ty.is_floating() or p.neighbor_offsets.dtype.element_ty.is_int():
         x = tl.where(row[1] & (row[0] < 0), float("nan"), x)
     return x
 
@@ -158,6 +164,24 @@ def smoothing_share(
 
 
 @triton.jit
+def _silence(p, offset, cols, y, n_classes, silencing, ACC: tl.constexpr):
+    """`offset` with log(lambda) for the classes in S(y), where it is not -inf already."""
+    log_neighbor = tl.cast(silencing[0], ACC)
+    back_from = silencing[1]
+    # All classes but y from here on.
+    silenced_from = tl.where(y >= back_from, back_from, n_classes)[:, None]
+    offset = tl.where((cols >= silenced_from) & (cols != y[:, None]), tl.minimum(offset, log_neighbor), offset)
+    begin = tl.load(p.neighbor_offsets + y, mask=y >= 0, other=0).to(tl.int32)
+    end = tl.load(p.neighbor_offsets + y + 1, mask=y >= 0, other=0).to(tl.int32)
+    # Rows have few neighbours: comparing each with the whole tile needs no exchange between threads.
+    for entry in range(0, tl.max(end - begin, axis=0)):
+        place = begin + entry
+        neighbor = tl.load(p.neighbor_classes + place, mask=place < end, other=-1).to(tl.int32)
+        offset = tl.where(cols == neighbor[:, None], tl.minimum(offset, log_neighbor), offset)
+    return offset
+
+
+@triton.jit
 def row_tile(
     p,  # Operands
     rows,  # (ROWS,) int64
@@ -168,6 +192,7 @@ def row_tile(
     shape,  # n_classes and the row strides of logits, target and mask
     scale,  # s
     smoothing,  # eps
+    silencing,  # log(lambda) and back_from
     flags,
     AFFINE: tl.constexpr,
     ADDITIVE: tl.constexpr,
@@ -181,14 +206,27 @@ def row_tile(
     MASK: tl.constexpr = _launch.MASK,
     PAIRWISE: tl.constexpr = _launch.PAIRWISE,
 ):
-    """(ROWS, BLOCK) each: v (-inf where not allowed), t' for u = 1, allowed, s * a, f and t."""
+    """(ROWS, BLOCK) each: v (-inf where not allowed), t' for u = 1, allowed, s * a, f and t.
+
+    Not allowed are masked classes, and those in S(y) if lambda = 0.
+    """
     n_classes, logits_stride, target_stride, mask_stride = shape
     y, kept, u, w_y, m_y = row
     # Loads per class are full tiles as well: they then get the thread layout of the logits, without an exchange.
     cols = tl.broadcast_to(cols[None, :], [rows.shape[0], cols.shape[0]])
     inside = present[:, None] & (cols < n_classes)
-    f = tl.load(p.logits + rows[:, None] * logits_stride + cols, mask=inside, other=0.0).to(ACC)
+    f = tl.load(p.logits + rows[:, None] * logits_stride + cols, mask=inside, other=0.0)
+    silences: tl.constexpr = p.neighbor_offsets.dtype.element_ty.is_int()
+    allowed = inside
+    if ADDITIVE:
+        has_mask = inside & (cols < _length(n_classes, flags, MASK))
+        mask = tl.load(p.mask + rows[:, None] * mask_stride + cols, mask=has_mask, other=1)
+        allowed = inside & (mask != 0)
+        if silences:
+            offset = _silence(p, tl.where(allowed, 0.0, float("-inf")).to(ACC), cols, y, n_classes, silencing, ACC)
+            allowed = offset > float("-inf")
 
+    f = f.to(ACC)
     s = tl.cast(scale, ACC)
     slope = s * tl.load(p.logit_scale, mask=_length(1, flags, ONE_SCALE) != 0, other=1.0).to(ACC)
     if AFFINE:
@@ -208,14 +246,13 @@ def row_tile(
         t = is_target.to(ACC)
         v = tl.where(is_target, v - (s * m_y)[:, None], v)
 
-    allowed = inside
     if ADDITIVE:
         has_pairwise = inside & (cols < _length(n_classes, flags, PAIRWISE))
         offsets = tl.maximum(y, 0).to(tl.int64)[:, None] * n_classes + cols
         v += tl.load(p.pairwise_margin + offsets, mask=has_pairwise, other=0.0).to(ACC)
-        has_mask = inside & (cols < _length(n_classes, flags, MASK))
-        mask = tl.load(p.mask + rows[:, None] * mask_stride + cols, mask=has_mask, other=1)
-        allowed = inside & (mask != 0)
+        if silences:
+            v += offset
+    # Also where v is NaN: what is not allowed may hold anything.
     v = tl.where(allowed, v, float("-inf"))
 
     if DENSE:

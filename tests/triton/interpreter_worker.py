@@ -1,4 +1,4 @@
-"""Runs the cases of row_cases.py under Triton's interpreter: ``interpreter_worker.py OUT.json SHARD SHARDS``.
+"""Runs the cases of *_cases.py under Triton's interpreter: ``interpreter_worker.py OUT.json SHARD SHARDS``.
 
 Its own process, because triton decides at import whether to interpret. Writes {case: "" or what went wrong}.
 """
@@ -15,6 +15,7 @@ import warnings
 os.environ["TRITON_INTERPRET"] = "1"
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
+import silencing_cases  # noqa: F401  (adds its cases)
 import torch
 from row_cases import CASES
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 import ltkernels.functional as LF
+from ltkernels.neighbors import NeighborMap
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from oracle import Problem, check, evaluate, poisoned_memory, same_bits  # noqa: E402
@@ -121,6 +122,10 @@ def random_problem(seed: int, two_sweeps: bool) -> Problem:
         options["mask"] = mask[0] if chance() else strided(mask, layout())
     if chance():
         options["sample_weight"] = vector(normal(rows).exp())
+    if classes > 1 and chance(0.3):
+        options |= random_silencing(pick, classes, exact=dtype == torch.float64)
+        if probabilities:
+            options["row_class"] = torch.randint(classes, (rows,), generator=generator)
     options["return_lse"] = chance(0.3)
     learnable = ("logits", "logit_scale", "logit_bias", "target_margin", "pairwise_margin", "sample_weight")
     chosen = tuple(
@@ -132,6 +137,16 @@ def random_problem(seed: int, two_sweeps: bool) -> Problem:
         chosen = tuple(name for name in chosen if name == "logits" or options[name].dtype == dtype)
     logits = strided((3 * normal(rows, classes)).to(dtype), layout())
     return Problem(logits, target, options, chosen)
+
+
+def random_silencing(pick: random.Random, classes: int, exact: bool) -> dict:
+    """A map with some pairs, none included. `exact`: log(lambda) is, in float32."""
+    first = pick.randrange(1, classes + 1)
+    pairs = [(pick.randrange(first), pick.randrange(first, classes)) for _ in range(classes) if first < classes]
+    neighbors = NeighborMap.from_pairs(pairs[pick.choice([0, 2]) :], num_classes=first, num_auxiliary=classes - first)
+    weight = pick.choice([0.0, 0.0, 1.0] if exact else [0.0, 0.0, 0.1, 1.0])
+    mode = pick.choice(["plain", "back"] if weight == 0.0 else ["plain"])
+    return {"neighbors": neighbors, "neighbor_weight": weight, "mode": mode}
 
 
 def random_case(seed: int) -> None:
@@ -159,13 +174,24 @@ def launch(problem: Problem, reduction: int = 0, with_grad: bool = True) -> tupl
     """margin_softmax_fwd itself, which has no checks before it."""
     from ltkernels.triton.margin_softmax import margin_softmax_fwd
 
-    names = ("weight", "logit_scale", "logit_bias", "target_margin", "pairwise_margin", "mask", "sample_weight")
-    tensors = (problem.options.get(name) for name in names)
-    scale, smoothing = problem.options.get("scale", 1.0), problem.options.get("label_smoothing", 0.0)
+    smoothing = problem.options.get("label_smoothing", 0.0)
     with poisoned_memory():
         return margin_softmax_fwd(
-            problem.logits, problem.target, *tensors, scale, reduction, -100, smoothing, with_grad
+            problem.logits, problem.target, *arguments(problem), reduction, -100, smoothing, with_grad
         )
+
+
+def arguments(problem: Problem) -> tuple[object, ...]:
+    """What the launchers take between target and reduction."""
+    options = problem.options
+    names = (
+        "weight", "logit_scale", "logit_bias", "target_margin", "pairwise_margin", "mask", "sample_weight", "row_class",
+    )  # fmt: skip
+    offsets, classes, back_from = None, None, -1
+    if "neighbors" in options:
+        offsets, classes, back_from = options["neighbors"].rows(options.get("mode", "plain"))
+    numbers = options.get("scale", 1.0), options.get("neighbor_weight", 0.0), back_from
+    return (*map(options.get, names), offsets, classes, *numbers)
 
 
 @case
@@ -319,12 +345,10 @@ def target_out_of_range_is_nan() -> None:
 def backward(problem: Problem, stats: Tensor, grad_loss: Tensor, grads: int, grad_lse: Tensor | None = None):
     from ltkernels.triton.margin_softmax import margin_softmax_bwd
 
-    names = ("weight", "logit_scale", "logit_bias", "target_margin", "pairwise_margin", "mask", "sample_weight")
-    tensors = (problem.options.get(name) for name in names)
     smoothing = problem.options.get("label_smoothing", 0.0)
     with poisoned_memory():
         return margin_softmax_bwd(
-            grad_loss, grad_lse, stats, problem.logits, problem.target, *tensors, 1.0, 0, -100, smoothing, grads
+            grad_loss, grad_lse, stats, problem.logits, problem.target, *arguments(problem), 0, -100, smoothing, grads
         )
 
 

@@ -43,16 +43,16 @@ class Call:
         tensors, smoothing = self.tensors(), 0.125 if "smoothed" in self.options else 0.0
         logits = tensors[0]
         if self.kernel.startswith("_forward") or self.kernel == "_normalizer_parts":
-            return lambda: margin_softmax_fwd(*tensors, 1.0, 1, -100, smoothing, True)
+            return lambda: margin_softmax_fwd(*tensors, 1.0, 0.0, 8, 1, -100, smoothing, True)
         if self.kernel == "_scale_in_place":
             return lambda: margin_softmax_scale_(logits, torch.ones(()))
         stats = torch.zeros(3, ROWS, dtype=torch.float64 if self.dtype == torch.float64 else torch.float32)
         return lambda: margin_softmax_bwd(
-            stats[0], None, stats, *tensors, 1.0, 1, -100, smoothing, 7 if tensors[6] is not None else 3
+            stats[0], None, stats, *tensors, 1.0, 0.0, 8, 1, -100, smoothing, 7 if tensors[6] is not None else 3
         )
 
     def tensors(self) -> tuple[Tensor | None, ...]:
-        """logits, target, w, a, b, m, Delta, mask, u."""
+        """logits, target, w, a, b, m, Delta, mask, u, row classes, neighbours' offsets and classes."""
         wide = torch.float64 if self.dtype == torch.float64 else torch.float32
         vector = torch.zeros(self.classes, dtype=wide)
 
@@ -64,7 +64,10 @@ class Call:
         target = torch.zeros(ROWS, dtype=torch.int64) if target is None else target
         mask = given("mask", torch.empty(1, self.classes, dtype=torch.bool).expand(ROWS, -1))
         pairwise = given("pairwise", torch.empty(self.classes, self.classes))
-        return logits, target, vector, None, given("bias", vector), vector, pairwise, mask, None
+        neighbors = [given("neighbors", torch.zeros(n, dtype=torch.int32)) for n in (self.classes + 1, 8)]
+        row_class = torch.zeros(ROWS, dtype=torch.int64) if {"neighbors", "probabilities"} <= {*self.options} else None
+        bias = given("bias", vector)
+        return logits, target, vector, None, bias, vector, pairwise, mask, None, row_class, *neighbors
 
 
 ALL = (80, 90, 100)
@@ -125,7 +128,12 @@ def test_numbers_do_not_recompile() -> None:
                 None,
                 None,
                 sample_weight,
+                None,
+                None,
+                None,
                 scale,
+                1.0,
+                -1,
                 2,
                 ignore_index,
                 smoothing,

@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import silencing_cases  # noqa: F401  (adds its cases)
 from row_cases import CASES
 
 WORKER = Path(__file__).with_name("interpreter_worker.py")
