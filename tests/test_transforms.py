@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from oracle import definition, kernels_run, public
-from problems import FEATURES, covering_set, describe, make_problem
+from problems import FEATURES, covering_set, describe, make_problem, possible
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
@@ -257,8 +257,13 @@ def operator_arguments(features: dict, requires_grad: bool) -> tuple:
     return (problem.logits, problem.target, *tensors, row_class, offsets, classes, *numbers)
 
 
+def has_results(features: dict) -> bool:
+    """Without NaN, which opcheck takes for a difference: a mask may remove the only class."""
+    return possible(features) and (features.get("classes") != 1 or features.get("mask", "no_mask") == "no_mask")
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("features", covering_set(OPCHECK)[::2], ids=describe)
+@pytest.mark.parametrize("features", covering_set(OPCHECK, has_results)[::2], ids=describe)
 def test_opcheck(features: dict) -> None:
     """torch's own checks of schema, autograd registration, fake kernels and compilation, for every operator."""
     ops = torch.ops.ltkernels
