@@ -116,19 +116,23 @@ class Suite:
         effort = FAMILIES[selected[0][0].family].effort(selected[0][0], self._effort, self.device)
         warm = {key: self._measured[key].seconds_of_check for key in steps}
         samples = interleave({**rates, **steps}, effort, self.device, warm)
-        for case, name in steps:
-            result, variant = self._measured[case, name], FAMILIES[case.family].variants[name]
-            problem = self._problems[case.dtype]
-            result.samples = samples[case, name]
-            result.rate = {problem.unit: problem.work() / statistics.median(samples[case, name])}
-            result.roofline = {
-                f"{rate}_{problem.unit}": problem.work() / statistics.median(samples[of, rate])
-                for of, rate in rates
-                if of == case
-            }
-            result.info = problem.info(variant.inputs)
+        for (case, name), step in steps.items():
+            self._keep(case, name, samples)
+            variant = FAMILIES[case.family].variants[name]
             if self._measure_memory and memory.measurable(case, variant, self.device):
-                result.peak_memory = self._peak_memory(case, variant, steps[case, name])
+                self._measured[case, name].peak_memory = self._peak_memory(case, variant, step)
+
+    def _keep(self, case: Case, name: str, samples: dict[tuple[Case, str], list[float]]) -> None:
+        result, problem = self._measured[case, name], self._problems[case.dtype]
+
+        def rate(of: str) -> float:
+            return problem.work() / statistics.median(samples[case, of])
+
+        result.samples = samples[case, name]
+        result.rate = {problem.unit: rate(name)}
+        roofline = [key for of, key in samples if of == case and key not in FAMILIES[case.family].variants]
+        result.roofline = {f"{key}_{problem.unit}": rate(key) for key in roofline}
+        result.info = problem.info(FAMILIES[case.family].variants[name].inputs)
 
     def _check(self, case: Case, variant: Variant, step: Step, result: Measured) -> None:
         """Asserts that loss and gradient are right."""
@@ -136,7 +140,7 @@ class Suite:
         step.reset()
         start = time.perf_counter()
         loss = step.run().detach()
-        # Compilation is no part of a pass: what a compiled variant takes is not known yet, and on a GPU all are compiled.
+        # Compilation is no part of a pass. On a GPU nearly all variants are compiled at their first call.
         known = self.device == "cpu" and not variant.compiled
         result.seconds_of_check = time.perf_counter() - start if known else 0.0
         for leaf, gradient in zip(step.leaves, step.gradients, strict=True):
