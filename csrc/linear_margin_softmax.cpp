@@ -59,11 +59,12 @@ OptionalTensor rows_of(const OptionalTensor& x, int64_t begin, int64_t size) {
   return x.has_value() ? OptionalTensor(x->narrow(0, begin, size)) : std::nullopt;
 }
 
-// A chunk should fill the machine and stay in its caches, as far as these two go together.
+// As many rows as give a GEMM its full speed: fewer repack the classifier too often (on CPUs, 128 rows take a quarter
+// more time than 384). A chunk of small C stays in the caches; one of large C is at most about an eighth of the logits.
 int64_t automatic_chunk_rows(const Tensor& input, int64_t classes) {
   const bool cpu = input.is_cpu();
   const int64_t elements = int64_t(1) << (cpu ? 23 : 26);
-  const int64_t least = cpu ? 64 : 1024;
+  const int64_t least = std::clamp<int64_t>(input.size(0) / 8, 64, cpu ? 384 : 1024);
   return std::max(least, elements / std::max<int64_t>(classes, 1) / 64 * 64);
 }
 
@@ -83,9 +84,7 @@ class Chunks {
     if (cosine) {
       input_length_ = length_of_rows(input);
       weight_length_ = length_of_rows(linear_weight);
-      Tensor inverse = weight_length_.squeeze(1).reciprocal();
-      // The logits of a class with NaN in its row are NaN: that this is no margin is not for the row kernel to report.
-      inverse = inverse.masked_fill(inverse.isnan(), 1);
+      const Tensor inverse = weight_length_.squeeze(1).reciprocal();
       options_.logit_scale = logit_scale.has_value() ? inverse * *logit_scale : inverse;
     }
     if (reduction == kMean) {
