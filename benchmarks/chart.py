@@ -16,7 +16,8 @@ from benchmarks.results import Results  # noqa: E402
 from benchmarks.targets import CASE  # noqa: E402
 
 # Okabe and Ito's palette, told apart by people who see red and green alike.
-BLUE, ORANGE, GREY, BLACK, GREEN, SKY = "#0072B2", "#E69F00", "#999999", "#000000", "#009E73", "#56B4E9"
+BLUE, ORANGE, GREY, BLACK = "#0072B2", "#E69F00", "#999999", "#000000"
+GREEN, SKY, VERMILION, PURPLE = "#009E73", "#56B4E9", "#D55E00", "#CC79A7"
 BARS = {"ours": ("ltkernels", BLUE), "eager": ("eager torch", ORANGE), "eager-compiled": ("torch.compile", GREY)}
 DENSE_BARS = {
     "dense": ("dense mask", ORANGE),
@@ -28,8 +29,8 @@ LINEAR_BARS = {
     "eager-compiled": ("torch.compile", GREY),
     "torch": ("F.linear_cross_entropy", SKY),
     "torch-chunked": ("F.linear_cross_entropy, chunked", GREEN),
-    "liger": ("Liger-Kernel fused", BLACK),
-    "cut": ("cut-cross-entropy", "#CC79A7"),
+    "liger": ("Liger-Kernel fused", VERMILION),
+    "cut": ("cut-cross-entropy", PURPLE),
 }
 
 
@@ -142,7 +143,7 @@ def _linear_memory(axes: Axes, results: Results) -> None:
     axes.set_yscale("log")
     wanted = targets.SHARE_OF_LOGITS if targets.targets(results) else None
     marks = {"ours": [wanted if shape == targets.LINEAR_MEMORY_SHAPE else None for shape in shapes]}
-    _grouped(axes, bars, shares, marks, form=None, mark="target: at most")
+    _grouped(axes, bars, shares, marks, form="{:.2g}", mark="target: at most")
     axes.axhline(1, color=BLACK, linewidth=0.8, linestyle=":")
     label = "beyond inputs and gradients / N x C logits"
     axes.set(title="Peak memory", ylabel=label, xlabel="N x D x C")
@@ -160,7 +161,7 @@ def _grouped(
     bars: dict[str, tuple[str, str]],  # label and colour by name
     values: dict[str, Sequence[float | None]],
     marks: dict[str, Sequence[float | None]],  # targets, as lines across bars
-    form: str | None = "{:.1f}",
+    form: str = "{:.1f}",
     mark: str = "target",
 ) -> None:
     """A group of bars for each place, a bar for each name; places without a value stay empty."""
@@ -171,10 +172,12 @@ def _grouped(
         # On a logarithmic axis no bar can be of height 0.
         there = [(x, value) for x, value in zip(left, values[name], strict=True) if value]
         axes.bar([x for x, _ in there], [value for _, value in there], width, color=color, label=text)
-        for x, value in there if form else ():
-            # At the foot of the bars, where no target crosses them.
-            where = dict(xytext=(0, 3), textcoords="offset points", ha="center", fontsize=8)
-            axes.annotate(form.format(value), (x, 0), **where)
+        # At the foot of the bars, where no target crosses them; a logarithmic axis has no foot.
+        foot = axes.get_yscale() == "linear"
+        look = dict(ha="center", fontsize=8, color="white" if foot and color == BLUE else BLACK)
+        for x, value in there:
+            place = (x, 0 if foot else value)
+            axes.annotate(form.format(value), place, xytext=(0, 3), textcoords="offset points", **look)
         for x, wanted in zip(left, marks.get(name, ()), strict=False):
             if wanted:
                 axes.hlines(wanted, x - width / 2, x + width / 2, color=BLACK, linewidth=2, label=label)

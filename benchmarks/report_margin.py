@@ -75,15 +75,8 @@ def _traffic(results: Results) -> str:
                 rows.append([by_times(shape), dtype, *map(rate, [ours, *rates]), f"{share:.0%}"])
     if not rows:
         return ""
-    columns = [
-        "N x C",
-        "dtype",
-        "ltkernels",
-        "clone, fresh",
-        "clone, fresh huge pages",
-        "copy, warm",
-        "of clone, fresh",
-    ]
+    clones = ["clone, fresh", "clone, fresh huge pages", "copy, warm"]
+    columns = ["N x C", "dtype", "ltkernels", *clones, "of clone, fresh"]
     return (
         "## Memory traffic\n\nGB/s, counting 2 N C bytes-per-element: logits in, gradient out. The copies run in the "
         "same loop. A share can be above 100 %: a gradient below 32 MB may land in memory that malloc has kept, "
