@@ -17,6 +17,8 @@ from torch import Tensor, nn
 import ltkernels.functional as LF
 from ltkernels.neighbors import NeighborMap
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SMALL = [(0, 3), (0, 4), (2, 4), (2, 6)]
 
 

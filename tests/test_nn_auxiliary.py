@@ -17,6 +17,8 @@ from ltkernels import margins as M
 from ltkernels import nn as lnn
 from ltkernels.neighbors import NeighborMap
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 PAIRS = [(0, 3), (0, 4), (2, 4), (2, 6)]  # 3 target and 4 auxiliary classes
 SILENCED = {0: {3, 4}, 1: set(), 2: {4, 6}, 3: {0}, 4: {0, 2}, 5: set(), 6: {2}}
 COUNTS = [500, 40, 5, 50, 50, 20, 50]
