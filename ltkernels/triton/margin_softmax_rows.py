@@ -165,19 +165,19 @@ def smoothing_share(
 
 @triton.jit
 def _silence(p, offset, cols, y, n_classes, silencing, ACC: tl.constexpr):
-    """`offset` with log(lambda) for the classes in S(y), where it is not -inf already."""
+    """`offset` with log(lambda) for the classes in S(y)."""
     log_neighbor = tl.cast(silencing[0], ACC)
     back_from = silencing[1]
     # All classes but y from here on.
     silenced_from = tl.where(y >= back_from, back_from, n_classes)[:, None]
-    offset = tl.where((cols >= silenced_from) & (cols != y[:, None]), tl.minimum(offset, log_neighbor), offset)
+    offset = tl.where((cols >= silenced_from) & (cols != y[:, None]), log_neighbor, offset)
     begin = tl.load(p.neighbor_offsets + y, mask=y >= 0, other=0).to(tl.int32)
     end = tl.load(p.neighbor_offsets + y + 1, mask=y >= 0, other=0).to(tl.int32)
     # Rows have few neighbours: comparing each with the whole tile needs no exchange between threads.
     for entry in range(0, tl.max(end - begin, axis=0)):
         place = begin + entry
         neighbor = tl.load(p.neighbor_classes + place, mask=place < end, other=-1).to(tl.int32)
-        offset = tl.where(cols == neighbor[:, None], tl.minimum(offset, log_neighbor), offset)
+        offset = tl.where(cols == neighbor[:, None], log_neighbor, offset)
     return offset
 
 
@@ -223,8 +223,10 @@ def row_tile(
         mask = tl.load(p.mask + rows[:, None] * mask_stride + cols, mask=has_mask, other=1)
         allowed = inside & (mask != 0)
         if silences:
-            offset = _silence(p, tl.where(allowed, 0.0, float("-inf")).to(ACC), cols, y, n_classes, silencing, ACC)
-            allowed = offset > float("-inf")
+            # From a loaded tile, whose thread layout the loop over the neighbours then keeps.
+            offset = tl.where(allowed, 0.0, float("-inf")).to(ACC)
+            offset = _silence(p, offset, cols, y, n_classes, silencing, ACC)
+            allowed = allowed & (offset > float("-inf"))
 
     f = f.to(ACC)
     s = tl.cast(scale, ACC)

@@ -12,9 +12,10 @@ from torch import Tensor
 
 import ltkernels.functional as LF
 from ltkernels import _ops
+from ltkernels.neighbors import NeighborMap
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from oracle import Problem, check, evaluate, same_bits  # noqa: E402
+from oracle import Problem, check, evaluate, public, same_bits, silencing  # noqa: E402
 
 pytestmark = [
     pytest.mark.gpu,
@@ -25,14 +26,15 @@ CUDA = "cuda"
 
 
 def on_gpu(problem: Problem) -> Problem:
-    options = {name: x.to(CUDA) if isinstance(x, Tensor) else x for name, x in problem.options.items()}
+    moved = (Tensor, NeighborMap)
+    options = {name: x.to(CUDA) if isinstance(x, moved) else x for name, x in problem.options.items()}
     return Problem(problem.logits.to(CUDA), problem.target.to(CUDA), options, problem.requires_grad)
 
 
 def run_on_gpu(problem: Problem) -> dict[str, Tensor]:
     """Results of the Triton kernels, on the CPU, where the definition is evaluated."""
     before = triton_calls()
-    results = evaluate(LF.margin_cross_entropy, on_gpu(problem))
+    results = evaluate(public, on_gpu(problem))
     assert len(problem.logits) == 0 or triton_calls() > before, "no Triton kernel ran"
     return {name: x.cpu() for name, x in results.items()}
 
@@ -99,6 +101,42 @@ def test_everything_at_once(classes: int, probabilities: bool) -> None:
         call = Problem(call.logits, call.target, call.options, (*wanted, "pairwise_margin"))
     gpu_check(call)
     gpu_check(Problem(call.logits, call.target, call.options | {"return_lse": True}, call.requires_grad))
+
+
+def neighbors_of(classes: int) -> NeighborMap:
+    """Two thirds are target classes; class 0 has 40 neighbours, others up to two."""
+    first = 2 * classes // 3
+    pairs = [(a % min(first, 97), a) for a in range(first, classes)] + [
+        (0, a) for a in range(first, min(first + 40, classes))
+    ]
+    return NeighborMap.from_pairs(pairs, num_classes=first, num_auxiliary=classes - first)
+
+
+# 30: several rows a program; 1000: whole rows; 6012: two sweeps.
+@pytest.mark.parametrize("classes", [30, 1000, 6012])
+@pytest.mark.parametrize("silencing_of", [("plain", 0.0), ("back", 0.0), ("plain", 0.1), ("plain", 1.0)], ids=str)
+@pytest.mark.parametrize("kind", ["index", "smoothed", "probabilities"])
+def test_auxiliary_classes(classes: int, silencing_of: tuple[str, float], kind: str) -> None:
+    mode, weight = silencing_of
+    options = {"neighbors": neighbors_of(classes), "mode": mode, "neighbor_weight": weight, "reduction": "sum"}
+    wanted = ("logits", "logit_scale", "logit_bias", "target_margin")
+    call = problem(130, classes, torch.bfloat16, wanted, **adjusted(classes), **options)
+    call.target[:4] = torch.tensor([0, 0, classes - 1, -100])
+    if kind == "smoothed":
+        call.options["label_smoothing"] = 0.1
+    elif kind == "probabilities":
+        row_class = call.target.clamp(min=0)
+        t = torch.rand(130, classes, generator=torch.Generator().manual_seed(1)).softmax(1).bfloat16()
+        call = Problem(call.logits, t, call.options | {"row_class": row_class}, wanted)
+    for gradients in (("logits",), wanted):
+        call = Problem(call.logits, call.target, call.options, gradients)
+        got = gpu_check(call)
+        if weight == 0:
+            out = silencing(call)[0]
+            assert not got["dlogits"][out].any()
+            filled = call.logits.masked_fill(out, torch.nan)
+            again = run_on_gpu(Problem(filled, call.target, call.options, gradients))
+            assert all(same_bits(again[name], got[name]) for name in got)
 
 
 @pytest.mark.parametrize("classes", [1000, 10_000])
