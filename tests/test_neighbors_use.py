@@ -104,6 +104,17 @@ def test_damaged_file(tmp_path: Path) -> None:
     assert errors > len(content) / 2
 
 
+def test_damage_that_makes_the_map_smaller(tmp_path: Path) -> None:
+    """Half of the pairs can be read without ever coming to the checksum."""
+    path = tmp_path / "map.npz"
+    small().save(path)
+    content = path.read_bytes()
+    assert content.count(b"(4, 2)") == 1
+    path.write_bytes(content.replace(b"(4, 2)", b"(2, 2)"))
+    with pytest.raises(ValueError, match="^path: expected a whole file.*: pairs.npy has a wrong checksum"):
+        NeighborMap.load(path)
+
+
 GOOD = {"format": "ltkernels.NeighborMap", "version": 1, "num_classes": 3, "num_auxiliary": 4, "pairs": np.array(SMALL)}
 
 
