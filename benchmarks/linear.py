@@ -217,7 +217,7 @@ def _effort(case: Case, effort: Effort, device: str) -> Effort:
     """Fewer rounds than for losses alone: a pass takes half a second on a CPU, or ten."""
     if device == "cuda":
         return effort
-    return replace(effort, min_rounds=min(effort.min_rounds, 2 if _operations(case) >= LONG else 5))
+    return replace(effort, min_rounds=min(effort.min_rounds, 3 if _operations(case) >= LONG else 5))
 
 
 FAMILY = Family(
