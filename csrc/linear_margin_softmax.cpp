@@ -8,6 +8,7 @@
 // |W_j| goes into the scale of each class, so that no normalised W is stored. With c_j = the gradient to W_j as if
 // |W_j| were constant, the exact one is c_j - <c_j, W_j> W_j / |W_j|^2; likewise for x.
 #include <ATen/ATen.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -24,6 +25,11 @@ using at::Tensor;
 
 // A vector no longer than this has no direction: its cosines and its gradient are 0, as in ltkernels.nn.CosineLinear.
 constexpr double kSmallestLength = 1e-8;
+
+// Autocast has seen the inputs already; it must not turn sums in float32 into 16 bits.
+struct AutocastOff {
+  c10::impl::ExcludeDispatchKeyGuard guard{c10::autocast_dispatch_keyset};
+};
 
 // (rows, 1) lengths, infinite for rows without a direction.
 Tensor length_of_rows(const Tensor& x) {
@@ -154,11 +160,12 @@ class Chunks {
   // In the dtypes of the inputs; empty where not asked for.
   std::tuple<Tensor, Tensor, Tensor> finish_gradients() {
     if (cosine_ && grad_weight_.defined()) project(grad_weight_, weight_, weight_length_, weight_length_);
-    const Tensor none = at::empty({0}, input_.options());
+    // A tensor each: results of an operator may not share memory.
+    const auto none = [this] { return at::empty({0}, input_.options()); };
     return {
-        grad_input_.defined() ? grad_input_ : none,
-        grad_weight_.defined() ? grad_weight_.to(weight_.scalar_type()) : none,
-        grad_bias_.defined() ? grad_bias_.to(bias_.scalar_type()) : none};
+        grad_input_.defined() ? grad_input_ : none(),
+        grad_weight_.defined() ? grad_weight_.to(weight_.scalar_type()) : none(),
+        grad_bias_.defined() ? grad_bias_.to(bias_.scalar_type()) : none()};
   }
 
   // d/da of a class scale that went in as a / |W|.
@@ -215,6 +222,7 @@ void report_index(LTK_LINEAR_PARAMETERS) {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_margin_softmax_fwd(
     LTK_LINEAR_PARAMETERS, int64_t predict, int64_t grads) {
+  const AutocastOff autocast_off;
   Chunks chunks(LTK_LINEAR_ARGUMENTS);
   chunks.start_gradients(grads);
   const int64_t rows = chunks.rows();
@@ -250,6 +258,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_margin_softmax
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_margin_softmax_bwd(
     const Tensor& grad_loss, const OptionalTensor& grad_lse, const Tensor& stats, LTK_LINEAR_PARAMETERS,
     int64_t grads) {
+  const AutocastOff autocast_off;
   Chunks chunks(LTK_LINEAR_ARGUMENTS);
   chunks.start_gradients(grads);
   const int64_t rows = chunks.rows(), classes = linear_weight.size(0);

@@ -26,7 +26,8 @@ inline at::Tensor times_upstream(torch::autograd::SavedVariable& saved, const at
       return grad;
     }
   }
-  return grad.mul(upstream);
+  // Removed classes and ignored rows stay at 0, whatever the upstream gradient.
+  return at::where(grad.eq(0), grad, grad.mul(upstream));
 }
 
 }  // namespace ltkernels

@@ -47,7 +47,7 @@ def margin_softmax(
                 row_class, neighbor_offsets, neighbor_classes, scale, neighbor_weight, back_from,
             )  # fmt: skip
             _ops.margin_softmax_check(*arguments, reduction_code, ignore_index, label_smoothing)
-            check_values(*arguments[:2], *arguments[3:7], ignore_index)
+            check_values(*arguments[:2], *arguments[3:7], row_class, ignore_index)
             loss, lse = reference.margin_softmax(*arguments, reduction, ignore_index, label_smoothing)
     except RuntimeError:
         # The dispatcher's answer to a wrong Python type; checked after the fact, as it would cost every call.
@@ -91,6 +91,7 @@ def check_values(
     logit_bias: Tensor | None,
     target_margin: Tensor | None,
     pairwise_margin: Tensor | None,
+    row_class: Tensor | None,
     ignore_index: int,
 ) -> None:
     """What the CPU kernel says about values that make no sense; elsewhere reading them would synchronise."""
@@ -104,6 +105,13 @@ def check_values(
             raise IndexError(
                 f"target: expected class indices in [0, {classes}) or ignore_index={ignore_index}, "
                 f"got {int(index[row])} at row {row}"
+            )
+    if row_class is not None:
+        bad = (row_class < 0) | (row_class >= input.shape[1])
+        if bad.any():
+            row = int(bad.nonzero()[0])
+            raise IndexError(
+                f"row_class: expected class indices in [0, {input.shape[1]}), got {int(row_class[row])} at row {row}"
             )
     vectors = {"logit_bias": logit_bias, "logit_scale": logit_scale, "target_margin": target_margin}
     for name, x in (vectors | {"pairwise_margin": pairwise_margin}).items():

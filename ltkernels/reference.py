@@ -121,7 +121,8 @@ def silenced_classes(row_class: Tensor, offsets: Tensor, classes: Tensor, back_f
     entries = torch.arange(classes.shape[0], device=classes.device)
     owner = torch.searchsorted(offsets[1:].contiguous(), entries.to(offsets.dtype), right=True)
     table = torch.zeros(n, n, dtype=torch.bool, device=classes.device)
-    table[owner, classes.long()] = True
+    named = (offsets[0] <= entries) & (entries < offsets[-1])  # offsets need not cover all entries
+    table[owner[named], classes[named].long()] = True
     if back_from >= 0:
         table[back_from:, back_from:] |= ~torch.eye(n - back_from, dtype=torch.bool, device=classes.device)
     return table[row_class]

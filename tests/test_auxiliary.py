@@ -80,13 +80,7 @@ def one_row(f: list, t: list, k: int, mode: str, lam: float, eps: float, w: list
 @pytest.mark.parametrize("kind", ["indices", "probabilities"])
 @pytest.mark.parametrize("eps", [0.0, 0.2])
 @pytest.mark.parametrize("weights", ["plain", "weights", "prior"])
-def test_formula(
-    request: pytest.FixtureRequest, function: Callable, mode: str, lam: float, kind: str, eps: float, weights: str
-) -> None:
-    half_map = mode in ("target_only", "auxiliary_only") and (lam < 1 or mode == "target_only")
-    if half_map and (function is definition or _ops.BACKEND == "reference"):
-        reason = "reference.silenced_classes: entries outside of the offsets' range must belong to no class"
-        request.applymarker(pytest.mark.xfail(reason=reason, strict=True))
+def test_formula(function: Callable, mode: str, lam: float, kind: str, eps: float, weights: str) -> None:
     logits, row_class = 2 * randn(N, K), TARGET
     t = F.one_hot(TARGET, K).double() if kind == "indices" else randn(N, K, seed=1).softmax(1)
     w, u, bias = torch.ones(K).double(), torch.ones(N).double(), torch.zeros(K).double()
@@ -154,7 +148,6 @@ def test_silenced_gradient_is_zero_under_any_upstream(dtype: torch.dtype, upstre
     assert grad[table].eq(0).all() and not grad[~table].isfinite().any()
 
 
-@pytest.mark.xfail(reason="margin_softmax_scale_ multiplies the written gradient, zeros too: 0 * inf", strict=True)
 @pytest.mark.parametrize("upstream", [INF, -INF, NAN])
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_silenced_gradient_written_by_the_forward_pass_under_any_upstream(upstream: float, reduction: str) -> None:
@@ -165,6 +158,7 @@ def test_silenced_gradient_written_by_the_forward_pass_under_any_upstream(upstre
     assert grad[table].eq(0).all()
 
 
+@pytest.mark.skipif(_ops.BACKEND == "reference", reason="plain torch's autograd multiplies 0 by NaN")
 @every_dtype
 @both_passes
 @pytest.mark.parametrize("value", [NAN, INF])

@@ -128,7 +128,9 @@ extern "C" void run(
 
 def patched(fault: str | None) -> dict[str, str]:
     """The text of the kernel's files, with the fault."""
-    files = {name: (SOURCES / name).read_text() for name in ("margin_softmax_kernel.cpp", "simd.h")}
+    files = {
+        name: (SOURCES / name).read_text() for name in ("margin_softmax_kernel.cpp", "margin_softmax_row.h", "simd.h")
+    }
     if fault is not None:
         old, new = FAULTS[fault]
         assert sum(text.count(old) for text in files.values()) == 1, f"not found exactly once: {old}"

@@ -1,0 +1,365 @@
+// The sweeps over one row that the kernels of margin_softmax_kernel.cpp are made of; included once, and compiled once
+// per instruction set.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "../margin_softmax.h"
+#include "simd.h"
+
+namespace ltkernels {
+namespace LTK_CAPABILITY {
+namespace {
+
+template <typename A>
+constexpr A kInfinity = static_cast<A>(__builtin_inf());
+
+// Rows in scratch are padded to whole vectors.
+template <typename A>
+LTK_INLINE int64_t padded(int64_t classes) {
+  constexpr int64_t W = Simd<A>::kLanes;
+  return (classes + W - 1) / W * W;
+}
+
+// ---------------------------------------------------------------------------------------------------- sweep 1: load
+
+enum class Affine { kScale, kBias, kScaleBias };  // s * f, s * f + b, (s * a) * f + b
+
+template <Affine kAffine, typename A, typename T>
+LTK_INLINE A load_adjusted(const T* logits, const MarginSoftmaxArgs<A>& p, A* v) {
+  constexpr int64_t W = Simd<A>::kLanes;
+  const int64_t C = p.classes;
+  const A* scaled = p.scaled;
+  const A* bias = p.bias;
+  const A scale = p.scale;
+  Vec<A> top = broadcast<A>(-kInfinity<A>);
+  if (C < W) {
+    store(v, top);
+    for (int64_t j = 0; j < C; ++j) {
+      A x = widen(logits[j]);
+      if constexpr (kAffine == Affine::kScale) x = x * scale;
+      if constexpr (kAffine == Affine::kBias) x = x * scale + bias[j];
+      if constexpr (kAffine == Affine::kScaleBias) x = x * scaled[j] + bias[j];
+      v[j] = x;
+    }
+    return lane_max<A>(larger(load(v), top));
+  }
+  auto adjusted = [&](int64_t j) __attribute__((always_inline)) {
+    Vec<A> x = load(logits + j);
+    if constexpr (kAffine == Affine::kScale) x = x * scale;
+    if constexpr (kAffine == Affine::kBias) x = x * scale + load(bias + j);
+    if constexpr (kAffine == Affine::kScaleBias) x = x * load(scaled + j) + load(bias + j);
+    return x;
+  };
+  Vec<A> other = top;
+  int64_t j = 0;
+  for (; j + 2 * W <= C; j += 2 * W) {
+    const Vec<A> x = adjusted(j), y = adjusted(j + W);
+    store(v + j, x);
+    store(v + j + W, y);
+    top = larger(x, top);
+    other = larger(y, other);
+  }
+  if (j + W <= C) {
+    const Vec<A> x = adjusted(j);
+    store(v + j, x);
+    top = larger(x, top);
+    j += W;
+  }
+  if (j < C) {
+    // The last C - j values are the upper lanes of the last whole vector: moved down, and padded. Stored as they lie,
+    // overlapping, the next sweep would wait for both stores to reach the cache.
+    const auto lanes = lane_numbers<A>();
+    const auto missing = static_cast<typename Simd<A>::Lane>(j + W - C);
+    const Vec<A> x = shuffle<A>(adjusted(C - W), (lanes + missing) & (W - 1));
+    const Vec<A> padding = broadcast<A>(-kInfinity<A>);
+    const Vec<A> y = lanes + missing < W ? x : padding;
+    store(v + j, y);
+    other = larger(y, other);
+  }
+  return lane_max<A>(larger(top, other));
+}
+
+template <typename A, typename T>
+LTK_INLINE A load_row_as(const MarginSoftmaxArgs<A>& p, int64_t i, A* v) {
+  const T* logits = static_cast<const T*>(p.logits) + i * p.logits_stride;
+  if (p.scaled != nullptr) return load_adjusted<Affine::kScaleBias>(logits, p, v);
+  if (p.bias != nullptr) return load_adjusted<Affine::kBias>(logits, p, v);
+  return load_adjusted<Affine::kScale>(logits, p, v);
+}
+
+template <typename A>
+LTK_INLINE A max_of(const A* v, int64_t size) {
+  constexpr int64_t W = Simd<A>::kLanes;
+  Vec<A> top = broadcast<A>(-kInfinity<A>);  // not load(v): a NaN there would stay
+  for (int64_t j = 0; j < size; j += W) top = larger(load(v + j), top);
+  return lane_max<A>(top);
+}
+
+// Row i of a matrix in any type, as acc_t.
+template <typename A, typename T>
+void widen_row(const void* matrix, int64_t offset, int64_t classes, A* out) {
+  const T* row = static_cast<const T*>(matrix) + offset;
+  for (int64_t j = 0; j < classes; ++j) out[j] = static_cast<A>(widen(row[j]));
+}
+
+template <typename A>
+void widen_row(const void* matrix, ElementType type, int64_t offset, int64_t classes, A* out) {
+  switch (type) {
+    case ElementType::kFloat: return widen_row<A, float>(matrix, offset, classes, out);
+    case ElementType::kDouble: return widen_row<A, double>(matrix, offset, classes, out);
+    case ElementType::kBFloat16: return widen_row<A, BFloat16>(matrix, offset, classes, out);
+    case ElementType::kHalf: return widen_row<A, Half>(matrix, offset, classes, out);
+  }
+}
+
+template <typename A>
+const bool* mask_row(const MarginSoftmaxArgs<A>& p, int64_t i) {
+  return p.mask == nullptr ? nullptr : p.mask + i * p.mask_stride;
+}
+
+// Calls f(j) for each silenced class of row i.
+template <typename A, typename F>
+LTK_INLINE void for_each_silenced(const MarginSoftmaxArgs<A>& p, int64_t i, F f) {
+  if (p.neighbor_offsets == nullptr) return;
+  const int64_t y = p.row_class != nullptr ? p.row_class[i] : p.index[i];
+  for (int64_t e = p.neighbor_offsets[y]; e < p.neighbor_offsets[y + 1]; ++e) f(int64_t(p.neighbor_classes[e]));
+  if (y < p.back_from) return;
+  for (int64_t j = p.back_from; j < p.classes; ++j) {
+    if (j != y) f(j);
+  }
+}
+
+// Sets silenced entries of a row of masses or gradients to 0, if they are out of the distribution altogether.
+template <typename A, typename T>
+LTK_INLINE void zero_silenced(const MarginSoftmaxArgs<A>& p, int64_t i, T* row) {
+  if (p.log_neighbor_weight == -kInfinity<A>) {
+    for_each_silenced(p, i, [&](int64_t j) { row[j] = narrow<T>(A(0)); });
+  }
+}
+
+// v of row i with its maximum; `t` is scratch for a row of probabilities.
+template <typename A>
+LTK_INLINE A load_row(const MarginSoftmaxArgs<A>& p, int64_t i, A* v, A* t) {
+  const int64_t C = p.classes;
+  A top;
+  if constexpr (sizeof(A) == 8) {
+    top = load_row_as<A, double>(p, i, v);
+  } else {
+    switch (p.logits_type) {
+      case ElementType::kBFloat16: top = load_row_as<A, BFloat16>(p, i, v); break;
+      case ElementType::kHalf: top = load_row_as<A, Half>(p, i, v); break;
+      default: top = load_row_as<A, float>(p, i, v);
+    }
+  }
+  const bool* mask = mask_row(p, i);
+  const bool spread_margin = p.margin != nullptr && p.index == nullptr;
+  if (p.pairwise != nullptr || mask != nullptr || spread_margin) {
+    if (p.pairwise != nullptr) {
+      const A* delta = p.pairwise + p.index[i] * C;
+      for (int64_t j = 0; j < C; ++j) v[j] += delta[j];
+    }
+    if (spread_margin) {
+      widen_row(p.probability, p.probability_type, i * p.probability_stride, C, t);
+      for (int64_t j = 0; j < C; ++j) v[j] -= p.margin[j] * t[j];
+    }
+    if (mask != nullptr) {
+      for (int64_t j = 0; j < C; ++j) v[j] = mask[j] ? v[j] : -kInfinity<A>;
+    }
+    top = max_of(v, padded<A>(C));
+  }
+  if (p.neighbor_offsets != nullptr) {
+    // Excluded before the maximum is known: a silenced logit far above the others would push their exp below 0.
+    bool top_lost = false;
+    const bool excluded = p.log_neighbor_weight == -kInfinity<A>;
+    for_each_silenced(p, i, [&](int64_t j) {
+      top_lost |= v[j] >= top;
+      v[j] = excluded ? -kInfinity<A> : v[j] + p.log_neighbor_weight;
+    });
+    if (top_lost) top = max_of(v, padded<A>(C));
+  }
+  if (p.margin != nullptr && p.index != nullptr) {
+    const int64_t y = p.index[i];
+    const A before = v[y];
+    v[y] = before - p.margin[y];
+    // The maximum must be that of the adjusted row: exp would overflow or vanish under a large margin.
+    if (v[y] > top) top = v[y];
+    else if (before == top && v[y] < before) top = max_of(v, padded<A>(C));
+  }
+  return top;
+}
+
+// ------------------------------------------------------------------------------------------------------ sweep 2: exp
+
+// Rows of logits or gradients to prefetch, a cache line at a time: exp keeps the arithmetic units busy for long while
+// memory is idle, and the two other sweeps the other way round.
+struct Prefetch {
+  const char* load;   // the logits of the next row
+  const char* store;  // the gradient of this row
+  int64_t element_size;
+
+  // The lines that hold elements [j, j + 2 W).
+  template <bool kStore, int64_t kElements>
+  LTK_INLINE void lines(int64_t j) const {
+#pragma GCC unroll 4
+    for (int64_t k = 0; k < kElements; k += 16) {
+      __builtin_prefetch(load + (j + k) * element_size, 0, 2);
+      if constexpr (kStore) __builtin_prefetch(store + (j + k) * element_size, 1, 2);
+    }
+  }
+};
+
+template <bool kStore, typename A>
+LTK_INLINE A exp_sum(A* v, int64_t size, A shift, Prefetch prefetch) {
+  constexpr int64_t W = Simd<A>::kLanes;
+  const Vec<A> m = broadcast<A>(shift);
+  Vec<A> sum = {}, other = {};
+  int64_t j = 0;
+  for (; j + 2 * W <= size; j += 2 * W) {
+    prefetch.lines<kStore, 2 * W>(j);
+    const Vec<A> e = exp_nonpositive(load(v + j) - m);
+    const Vec<A> f = exp_nonpositive(load(v + j + W) - m);
+    if constexpr (kStore) store(v + j, e);
+    if constexpr (kStore) store(v + j + W, f);
+    sum += e;
+    other += f;
+  }
+  if (j < size) {
+    const Vec<A> e = exp_nonpositive(load(v + j) - m);
+    if constexpr (kStore) store(v + j, e);
+    sum += e;
+  }
+  return lane_sum<A>(sum + other);
+}
+
+template <typename A>
+LTK_INLINE void softmax_from(A* v, int64_t size, A shift, A logsum, Prefetch prefetch) {
+  constexpr int64_t W = Simd<A>::kLanes;
+  const auto softmax = [&](int64_t j) __attribute__((always_inline)) {
+    store(v + j, exp_nonpositive((load(v + j) - broadcast<A>(shift)) - broadcast<A>(logsum)));
+  };
+  int64_t j = 0;
+  for (; j + 2 * W <= size; j += 2 * W) {
+    prefetch.lines<true, 2 * W>(j);
+    softmax(j);
+    softmax(j + W);
+  }
+  if (j < size) softmax(j);
+}
+
+// ---------------------------------------------------------------------------------------------------- sweep 3: store
+
+// out = g * k * scaled. `finite`: neither is g NaN nor k NaN or infinite.
+template <typename A, typename T>
+LTK_INLINE void store_scaled(const A* g, A k, bool finite, const A* scaled, int64_t C, T* out) {
+  constexpr int64_t W = Simd<A>::kLanes;
+  if (C < W) {
+    for (int64_t j = 0; j < C; ++j) out[j] = narrow<T>(scaled == nullptr ? g[j] * k : g[j] * k * scaled[j]);
+    return;
+  }
+  auto scale = [&](Vec<A> x, int64_t j)
+                   __attribute__((always_inline)) { return scaled == nullptr ? x * k : x * k * load(scaled + j); };
+  int64_t j = 0;
+  if (finite) {
+    for (; j + 2 * W <= C; j += 2 * W) store_pair(out + j, scale(load(g + j), j), scale(load(g + j + W), j + W));
+  }
+  for (; j + W <= C; j += W) store(out + j, scale(load(g + j), j));
+  if (j < C) {
+    // The last vector of `out`, in part for the second time, from two aligned loads: an unaligned one would wait for
+    // the stores of the sweep before to reach the cache.
+    const auto shift = static_cast<typename Simd<A>::Lane>(C - j);
+    store(out + C - W, scale(shuffle<A>(load(g + j - W), load(g + j), lane_numbers<A>() + shift), C - W));
+  }
+}
+
+// grad[i, :] = coefficient * s * a * g, then the target's entry if `y` >= 0, then exact zeros where masked.
+template <typename A, typename T>
+LTK_INLINE void store_gradient_as(
+    const MarginSoftmaxArgs<A>& p, int64_t i, const A* g, A coefficient, bool finite, int64_t y, A at_target) {
+  T* out = static_cast<T*>(p.grad) + i * p.classes;
+  store_scaled(g, p.scaled == nullptr ? coefficient * p.scale : coefficient, finite, p.scaled, p.classes, out);
+  if (y >= 0) out[y] = narrow<T>(at_target * (p.scaled == nullptr ? p.scale : p.scaled[y]));
+  if (const bool* mask = mask_row(p, i)) {
+    if (y >= 0 && !mask[y]) out[y] = narrow<T>(A(0));
+    for (int64_t j = 0; !finite && j < p.classes; ++j) {  // 0 * coefficient may be NaN
+      if (!mask[j]) out[j] = narrow<T>(A(0));
+    }
+  }
+  if (coefficient - coefficient != 0) zero_silenced(p, i, out);
+}
+
+template <typename A>
+LTK_INLINE void store_gradient(
+    const MarginSoftmaxArgs<A>& p, int64_t i, const A* g, A coefficient, bool finite, int64_t y, A at_target) {
+  if constexpr (sizeof(A) == 8) {
+    store_gradient_as<A, double>(p, i, g, coefficient, finite, y, at_target);
+  } else {
+    switch (p.logits_type) {
+      case ElementType::kBFloat16: return store_gradient_as<A, BFloat16>(p, i, g, coefficient, finite, y, at_target);
+      case ElementType::kHalf: return store_gradient_as<A, Half>(p, i, g, coefficient, finite, y, at_target);
+      default: return store_gradient_as<A, float>(p, i, g, coefficient, finite, y, at_target);
+    }
+  }
+}
+
+LTK_INLINE int64_t element_size(ElementType type) {
+  return type == ElementType::kDouble ? 8 : type == ElementType::kFloat ? 4 : 2;
+}
+
+template <typename A>
+LTK_INLINE void zero_gradient(const MarginSoftmaxArgs<A>& p, int64_t i) {
+  const int64_t size = p.classes * element_size(p.logits_type);
+  std::memset(static_cast<char*>(p.grad) + i * size, 0, size);
+}
+
+// ----------------------------------------------------------------------------------------------- target distribution
+
+// t' of row i without u, in `t` (zeros in the padding), for probabilities and smoothed indices. Returns T.
+template <typename A>
+A target_distribution(const MarginSoftmaxArgs<A>& p, int64_t i, A* t) {
+  const int64_t C = p.classes;
+  const bool* mask = mask_row(p, i);
+  int64_t allowed = C;
+  if (mask != nullptr) {
+    allowed = 0;
+    for (int64_t j = 0; j < C; ++j) allowed += mask[j];
+  }
+  const A spread = allowed > 0 ? p.smoothing / static_cast<A>(allowed) : 0;
+  if (p.index == nullptr) {
+    widen_row(p.probability, p.probability_type, i * p.probability_stride, C, t);
+    for (int64_t j = 0; j < C; ++j) t[j] = (1 - p.smoothing) * t[j] + spread;
+  } else {
+    for (int64_t j = 0; j < C; ++j) t[j] = spread;
+  }
+  for (int64_t j = 0; mask != nullptr && j < C; ++j) t[j] = mask[j] ? t[j] : 0;
+  if (p.index != nullptr) t[p.index[i]] += 1 - p.smoothing;
+  zero_silenced(p, i, t);
+  for (int64_t j = 0; p.weight != nullptr && j < C; ++j) t[j] *= p.weight[j];
+  for (int64_t j = C; j < padded<A>(C); ++j) t[j] = 0;
+  constexpr int64_t W = Simd<A>::kLanes;
+  Vec<A> total = {};
+  for (int64_t j = 0; j < padded<A>(C); j += W) total += load(t + j);
+  return lane_sum<A>(total);
+}
+
+// sum_j t'[j] * (v[j] - M), where a term with t' = 0 is 0.
+template <typename A>
+A expected_logit(const A* t, const A* v, int64_t size, A top) {
+  constexpr int64_t W = Simd<A>::kLanes;
+  Vec<A> sum = {};
+  for (int64_t j = 0; j < size; j += W) {
+    const Vec<A> mass = load(t + j);
+    sum += mass == 0 ? Vec<A>{} : mass * (load(v + j) - broadcast<A>(top));
+  }
+  return lane_sum<A>(sum);
+}
+
+template <typename A>
+LTK_INLINE bool is_dense(const MarginSoftmaxArgs<A>& p) {
+  return p.index == nullptr || p.smoothing != 0;
+}
+
+}  // namespace
+}  // namespace LTK_CAPABILITY
+}  // namespace ltkernels
