@@ -2,6 +2,7 @@
 
 import json
 import os
+import runpy
 from pathlib import Path
 
 import pytest
@@ -70,3 +71,10 @@ def test_example(tmp_path, run_python) -> None:
     table = (tmp_path / "results.md").read_text()
     assert all(f"| {arm} |" in table for arm in results["accuracy"])
     assert "nan" not in table
+
+
+def test_guide_shows_the_results() -> None:
+    """The tables of the guide are what the example makes of the results that are kept beside it."""
+    results = json.loads((GUIDE.parent / "auxiliary-results.json").read_text())
+    for part in runpy.run_path(str(EXAMPLE))["table"](results["accuracy"]).split("\n\n"):
+        assert part.strip() in GUIDE.read_text()
