@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -38,19 +39,18 @@ def linear_margin_softmax(
             "input, linear_weight: expected shapes (D,), (N, D) or (N, ..., D) and (C, D), "
             f"got {tuple(input.shape)} and {tuple(linear_weight.shape)}"
         )
+    if not isinstance(cosine, bool):
+        raise TypeError(f"cosine: expected a bool, got {type(cosine).__name__}")
     check_types(weight, logit_scale, logit_bias, target_margin, pairwise_margin, mask, sample_weight, row_class)
     chunk_rows = _chunk_rows(chunk_size)
     if isinstance(scale, Tensor):
         logit_scale, target_margin = fold_scale(scale, logit_scale, target_margin, input)
         scale = 1.0
     check_numbers(scale, neighbor_weight, ignore_index, label_smoothing)
-    device = input.device.type
-    if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-        input, linear_weight = input.to(dtype), linear_weight.to(dtype)
+    input, linear_weight = _autocast(input), _autocast(linear_weight)
 
     samples, classes = input.shape[:-1], linear_weight.shape[0]
-    input = input.reshape(-1, input.shape[-1])
+    input = input.reshape(math.prod(samples), input.shape[-1])
     probabilities = target.is_floating_point()
     target = _rows("target", target, samples, classes if probabilities else None)
     if mask is not None and mask.dim() != 1:
@@ -65,13 +65,14 @@ def linear_margin_softmax(
     predict = (classes if predict is None else predict) if return_stats else 0
     if _ops.uses_kernel(input):
         loss, lse, row_loss, predicted = _ops.linear_margin_softmax(
-            input, linear_weight, linear_bias, bool(cosine), chunk_rows, *options, reduction_code, ignore_index,
+            input, linear_weight, linear_bias, cosine, chunk_rows, *options, reduction_code, ignore_index,
             label_smoothing, return_lse, predict,
         )  # fmt: skip
     else:
+        _check_classifier(input, linear_weight, linear_bias, cosine)
         logits = reference.linear_logits(input, linear_weight, linear_bias, cosine)
         _ops.margin_softmax_check(logits, *options, reduction_code, ignore_index, label_smoothing)
-        check_values(logits, target, logit_scale, logit_bias, target_margin, pairwise_margin, ignore_index)
+        check_values(logits, target, logit_scale, logit_bias, target_margin, pairwise_margin, row_class, ignore_index)
         loss, lse = reference.margin_softmax(logits, *options, reduction, ignore_index, label_smoothing)
         with torch.no_grad():
             row_loss, _ = reference.margin_softmax(logits, *options, "none", ignore_index, label_smoothing)
@@ -81,8 +82,10 @@ def linear_margin_softmax(
     if return_lse:
         results.append(lse.reshape(samples))
     if return_stats:
-        truth = target.argmax(1) if probabilities else target
-        results.append(LinearStats(*(x.reshape(samples) for x in (row_loss, predicted, predicted == truth))))
+        correct = predicted == (target.argmax(1) if probabilities else target)
+        if not probabilities:
+            correct &= target.long() != ignore_index  # which may be a class, and does not fit every integer dtype
+        results.append(LinearStats(*(x.reshape(samples) for x in (row_loss, predicted, correct))))
     return results[0] if len(results) == 1 else tuple(results)
 
 
@@ -91,7 +94,33 @@ def _chunk_rows(chunk_size) -> int:
         return -1
     if isinstance(chunk_size, bool) or not isinstance(chunk_size, int) or chunk_size < 1:
         raise ValueError(f"chunk_size: expected 'auto' or a number of rows above 0, got {chunk_size!r}")
-    return chunk_size
+    return min(chunk_size, 2**62)  # what an operator takes
+
+
+def _autocast(x: Tensor) -> Tensor:
+    """What autocast makes of an argument of ``F.linear``: float64 stays as it is."""
+    device = x.device.type
+    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+        return x
+    return x.to(torch.get_autocast_dtype(device)) if x.is_floating_point() and x.dtype != torch.float64 else x
+
+
+def _check_classifier(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, cosine: bool) -> None:
+    """What the operator says about a classifier that does not fit; the margins have a check of their own."""
+    for name, x in (("linear_weight", linear_weight), ("linear_bias", linear_bias)):
+        if x is not None and x.device != input.device:
+            raise ValueError(f"{name}: expected a tensor on {input.device} like input, got one on {x.device}")
+    if linear_weight.dtype != input.dtype:
+        raise TypeError(f"linear_weight: expected dtype {input.dtype} like input, got {linear_weight.dtype}")
+    if linear_bias is None:
+        return
+    classes = linear_weight.shape[0]
+    if linear_bias.shape != (classes,):
+        raise ValueError(f"linear_bias: expected shape ({classes},), got {tuple(linear_bias.shape)}")
+    if not linear_bias.is_floating_point():
+        raise TypeError(f"linear_bias: expected a floating dtype, got {linear_bias.dtype}")
+    if cosine:
+        raise ValueError("linear_bias: expected None for a cosine classifier")
 
 
 def _rows(name: str, x: Tensor | None, samples: torch.Size, classes: int | None = None) -> Tensor | None:
@@ -101,4 +130,4 @@ def _rows(name: str, x: Tensor | None, samples: torch.Size, classes: int | None 
     expected = samples if classes is None else (*samples, classes)
     if x.shape != torch.Size(expected):
         raise ValueError(f"{name}: expected shape {tuple(expected)}, got {tuple(x.shape)}")
-    return x.reshape(-1) if classes is None else x.reshape(-1, classes)
+    return x.reshape(-1) if classes is None else x.reshape(math.prod(samples), classes)

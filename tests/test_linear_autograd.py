@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import pytest
 import torch
@@ -196,10 +195,10 @@ class Calls(TorchDispatchMode):
 @pytest.mark.parametrize(
     "wanted", [(True, False, False), (False, True, False), (False, False, True), (True, True, True)]
 )
-def test_only_wanted_gradients_are_computed(wanted: tuple[bool, ...], reduction: str) -> None:
+def test_only_wanted_gradients_are_computed(wanted: tuple[int, ...], reduction: str) -> None:
     """A frozen classifier has no gradient, and no memory for one."""
     x, w, y = make()
-    leaves = [leaf.detach().requires_grad_(g) for leaf, g in zip((x, w, rand(C)), wanted, strict=True)]
+    leaves = [leaf.detach().requires_grad_(bool(g)) for leaf, g in zip((x, w, rand(C)), wanted, strict=True)]
     with Calls() as calls:
         loss = linear(leaves[0], leaves[1], y, linear_bias=leaves[2], reduction=reduction).sum()
         loss.backward()
@@ -208,7 +207,7 @@ def test_only_wanted_gradients_are_computed(wanted: tuple[bool, ...], reduction:
     assert forward == (shapes if reduction == "mean" else none)
     if reduction == "none":
         assert calls.shapes["linear_margin_softmax_bwd"] == [*shapes, (0,), (0,)]
-    assert [leaf.grad is not None for leaf in leaves] == list(wanted)
+    assert [leaf.grad is not None for leaf in leaves] == [bool(g) for g in wanted]
 
 
 def test_gradient_of_a_part() -> None:
