@@ -13,7 +13,8 @@ class y silence: a sparse map, and for classes from back_from on all others from
 The forward pass reads the logits once and, if asked, writes the gradient for an upstream gradient of 1. The backward
 pass (margin_softmax_backward.py) serves everything which that gradient does not cover: it recomputes G from the
 logits and the row statistics. The kernels are compiled for {a or b per class} x {mask, Delta or S} x {one class or a
-distribution as target} x {gradient}; whatever else differs between calls is a number or a flag read at run time.
+distribution as target} x {gradient}, and apart for S; whatever else differs between calls is a number or a flag read
+at run time.
 """
 
 from __future__ import annotations

@@ -145,7 +145,7 @@ def random_silencing(pick: random.Random, classes: int, exact: bool) -> dict:
     pairs = [(pick.randrange(first), pick.randrange(first, classes)) for _ in range(classes) if first < classes]
     neighbors = NeighborMap.from_pairs(pairs[pick.choice([0, 2]) :], num_classes=first, num_auxiliary=classes - first)
     weight = pick.choice([0.0, 0.0, 1.0] if exact else [0.0, 0.0, 0.1, 1.0])
-    mode = pick.choice(["plain", "back"] if weight == 0.0 else ["plain"])
+    mode = pick.choice(["plain", "target_only", "auxiliary_only", "back"] if weight == 0.0 else ["plain"])
     return {"neighbors": neighbors, "neighbor_weight": weight, "mode": mode}
 
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import torch
-from oracle import Problem, check, run_kernel, same_bits, silencing
 from row_cases import INF, NAN, backward, case, example, launch
 from torch import Tensor
 
 from ltkernels.neighbors import NeighborMap
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from oracle import Problem, check, run_kernel, same_bits, silencing  # noqa: E402
 
 # Class 0 has all auxiliary classes as neighbours, class 1 none; 35 has two anchors, 36 none.
 PAIRS = [(0, a) for a in range(25, 36)] + [(2, 25), (3, 26), (24, 35)]
@@ -54,7 +58,7 @@ def check_silenced(problem: Problem) -> None:
 
 @case
 def every_mode() -> None:
-    for mode in ("plain", "back"):
+    for mode in ("plain", "back", "target_only", "auxiliary_only"):
         for problem in every_target(mode=mode, **vectors()):
             check_silenced(problem)
 

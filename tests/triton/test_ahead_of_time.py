@@ -150,3 +150,16 @@ def test_numbers_do_not_recompile() -> None:
     assert plain == key(1, 30.0, 1, 0.0, vector, vector, torch.ones(1))
     assert plain == key(17, 0.5, 16, 0.0, None, vector, None)
     assert plain != key(64, 1.0, -100, 0.1, None, None, None)
+
+
+def test_silencing_does_not_recompile() -> None:
+    """Calls that differ in lambda, back_from and the number of pairs share a kernel."""
+
+    def key(pairs: int, neighbor_weight: float, back_from: int) -> str:
+        tensors = torch.zeros(64, 96), torch.zeros(64, dtype=torch.int64)
+        neighbors = torch.zeros(97, dtype=torch.int32), torch.zeros(pairs, dtype=torch.int32)
+        numbers = 1.0, neighbor_weight, back_from, 2, -100, 0.0
+        launch = recorded_launches(lambda: margin_softmax_fwd(*tensors, *[None] * 8, *neighbors, *numbers, True))[0]
+        return compiled(launch, 90).hash
+
+    assert len({key(8, 0.0, -1), key(16, 0.0, 1), key(7, 0.1, 16), key(1, 1.0, 17)}) == 1
