@@ -4,6 +4,9 @@
 //                            dx = G W;  dW += G^T x;  dbias += sum of rows of G.
 // That is 6 N D C operations. With the gradient for another upstream gradient than 1 the logits are computed twice.
 //
+// On CPUs 16-bit features and classifiers are multiplied in float32: most processors have no 16-bit products, and
+// torch's replacement for them is ten times slower. The logits are then not rounded to 16 bits.
+//
 // The cosine classifier is f = <x / |x|, W_j / |W_j|>: rows of x are divided by their length in the chunk, and 1 /
 // |W_j| goes into the scale of each class, so that no normalised W is stored. With c_j = the gradient to W_j as if
 // |W_j| were constant, the exact one is c_j - <c_j, W_j> W_j / |W_j|^2; likewise for x.
@@ -78,7 +81,9 @@ class Chunks {
  public:
   Chunks(LTK_LINEAR_PARAMETERS)
       : input_(input),
-        weight_(linear_weight),
+        type_(input.is_cpu() ? accumulation_type(input) : input.scalar_type()),
+        weight_type_(linear_weight.scalar_type()),
+        weight_(linear_weight.to(type_)),
         cosine_(cosine),
         rows_(input.size(0)),
         classes_(linear_weight.size(0)),
@@ -86,10 +91,13 @@ class Chunks {
             std::min(std::max<int64_t>(rows_, 1), chunk_rows > 0 ? chunk_rows : automatic_chunk_rows(input, classes_))),
         options_{LTK_MARGIN_OPTION_ARGUMENTS},
         acc_(input.options().dtype(accumulation_type(input))) {
-    if (linear_bias.has_value()) bias_ = *linear_bias;
+    if (linear_bias.has_value()) {
+      bias_type_ = linear_bias->scalar_type();
+      bias_ = linear_bias->to(type_);
+    }
     if (cosine) {
       input_length_ = length_of_rows(input);
-      weight_length_ = length_of_rows(linear_weight);
+      weight_length_ = length_of_rows(weight_);
       const Tensor inverse = weight_length_.squeeze(1).reciprocal();
       options_.logit_scale = logit_scale.has_value() ? inverse * *logit_scale : inverse;
     }
@@ -100,7 +108,7 @@ class Chunks {
       options_.sample_weight = u / normalizer_;
       options_.reduction = kSum;
     }
-    buffer_ = at::empty({chunk_, classes_}, input.options());
+    buffer_ = at::empty({chunk_, classes_}, input.options().dtype(type_));
   }
 
   int64_t rows() const { return rows_; }
@@ -113,12 +121,12 @@ class Chunks {
   // Rows of x from `begin` on, of length 1 for the cosine classifier.
   Tensor input_rows(int64_t begin, int64_t size) const {
     const Tensor x = input_.narrow(0, begin, size);
-    return cosine_ ? (x / input_length_.narrow(0, begin, size)).to(x.scalar_type()) : x;
+    return (cosine_ ? x / input_length_.narrow(0, begin, size) : x).to(type_);
   }
 
   Tensor logits(const Tensor& x) {
     Tensor f = buffer_.narrow(0, 0, x.size(0));
-    if (bias_.defined()) at::addmm_out(f, bias_.to(f.scalar_type()), x, weight_.t());
+    if (bias_.defined()) at::addmm_out(f, bias_, x, weight_.t());
     else at::mm_out(f, x, weight_.t());
     return f;
   }
@@ -132,8 +140,9 @@ class Chunks {
     return o;
   }
 
-  // The most likely of the first `classes` classes, margins aside.
+  // The most likely of the first `classes` classes, or of all there are, margins aside.
   Tensor predict(const Tensor& f, int64_t classes) const {
+    classes = std::min(classes, classes_);
     const Tensor first = f.narrow(1, 0, classes);
     return (cosine_ ? first / weight_length_.squeeze(1).narrow(0, 0, classes) : first).argmax(1);
   }
@@ -149,9 +158,11 @@ class Chunks {
 
   void add_gradients(int64_t begin, const Tensor& x, const Tensor& g) {
     if (grads_ & kGradInput) {
-      Tensor dx = grad_input_.narrow(0, begin, x.size(0));
+      const Tensor rows = grad_input_.narrow(0, begin, x.size(0));
+      Tensor dx = rows.scalar_type() == type_ ? rows : at::empty(rows.sizes(), x.options());
       at::mm_out(dx, g, weight_);
       if (cosine_) project(dx, x, Tensor(), input_length_.narrow(0, begin, x.size(0)));
+      if (!dx.is_same(rows)) rows.copy_(dx);
     }
     if (grads_ & kGradWeight) add_weight_gradient(x, g);
     if (grads_ & kGradBias) grad_bias_ += g.sum(0, false, acc_.dtype().toScalarType());
@@ -163,9 +174,8 @@ class Chunks {
     // A tensor each: results of an operator may not share memory.
     const auto none = [this] { return at::empty({0}, input_.options()); };
     return {
-        grad_input_.defined() ? grad_input_ : none(),
-        grad_weight_.defined() ? grad_weight_.to(weight_.scalar_type()) : none(),
-        grad_bias_.defined() ? grad_bias_.to(bias_.scalar_type()) : none()};
+        grad_input_.defined() ? grad_input_ : none(), grad_weight_.defined() ? grad_weight_.to(weight_type_) : none(),
+        grad_bias_.defined() ? grad_bias_.to(bias_type_) : none()};
   }
 
   // d/da of a class scale that went in as a / |W|.
@@ -174,7 +184,9 @@ class Chunks {
   }
 
  private:
-  Tensor input_, weight_, bias_;
+  Tensor input_;
+  at::ScalarType type_, weight_type_, bias_type_ = at::kFloat;  // of the products, and of what was given
+  Tensor weight_, bias_;                                        // in type_
   bool cosine_;
   int64_t rows_, classes_, chunk_;
   MarginOptions options_;
@@ -190,14 +202,10 @@ class Chunks {
     if (x.scalar_type() == type) {
       if (first) grad_weight_ = at::mm(g.t(), x);
       else grad_weight_.addmm_(g.t(), x);
-    } else if (g.is_cuda()) {
-      const Tensor part = at::mm(g.t(), x, type);
+    } else {
+      const Tensor part = at::mm(g.t(), x, type);  // CUDA
       if (first) grad_weight_ = part;
       else grad_weight_ += part;
-    } else {
-      const Tensor wide_g = g.to(type), wide_x = x.to(type);
-      if (first) grad_weight_ = at::mm(wide_g.t(), wide_x);
-      else grad_weight_.addmm_(wide_g.t(), wide_x);
     }
   }
 

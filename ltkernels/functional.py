@@ -242,8 +242,9 @@ def linear_margin_cross_entropy(
     that are not normalised. A vector no longer than 1e-8 has no direction: its logits and its gradient are 0.
 
     Args:
-        input: Features, ``(D,)``, ``(N, D)`` or ``(N, d1, ..., D)``; float16, bfloat16, float32 or float64. Logits are
-            rounded to this dtype, as by ``F.linear``. Under autocast, features and classifier are cast first.
+        input: Features, ``(D,)``, ``(N, D)`` or ``(N, d1, ..., D)``; float16, bfloat16, float32 or float64. On GPUs
+            the logits are rounded to this dtype, as by ``F.linear``; on CPUs those of 16-bit features are float32.
+            Under autocast, features and classifier are cast first.
         linear_weight: ``(C, D)`` classifier, of the dtype of ``input``; frozen if it does not require grad.
         target: Class indices ``()``, ``(N,)`` or ``(N, d1, ...)``, or probabilities with the classes in the last
             dimension.
