@@ -11,6 +11,8 @@ from torch import Tensor
 from ltkernels import _ops, reference
 from ltkernels._rows import REDUCTIONS, check_numbers, check_types, check_values, fold_scale
 
+_ALL = 2**62  # rows or classes; a number of them as an argument of the operator would be traced as a constant
+
 
 class LinearStats(NamedTuple):
     """By-products of a linear form, one entry a sample; no gradient flows through them."""
@@ -62,7 +64,7 @@ def linear_margin_softmax(
         target, weight, logit_scale, logit_bias, target_margin, pairwise_margin, mask, sample_weight, row_class,
         neighbor_offsets, neighbor_classes, scale, neighbor_weight, back_from,
     )  # fmt: skip
-    predict = (classes if predict is None else predict) if return_stats else 0
+    predict = (_ALL if predict is None else predict) if return_stats else 0
     if _ops.uses_kernel(input):
         loss, lse, row_loss, predicted = _ops.linear_margin_softmax(
             input, linear_weight, linear_bias, cosine, chunk_rows, *options, reduction_code, ignore_index,
@@ -94,7 +96,7 @@ def _chunk_rows(chunk_size) -> int:
         return -1
     if isinstance(chunk_size, bool) or not isinstance(chunk_size, int) or chunk_size < 1:
         raise ValueError(f"chunk_size: expected 'auto' or a number of rows above 0, got {chunk_size!r}")
-    return min(chunk_size, 2**62)  # what an operator takes
+    return min(chunk_size, _ALL)
 
 
 def _autocast(x: Tensor) -> Tensor:
