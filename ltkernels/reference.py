@@ -65,8 +65,13 @@ def margin_softmax(
         t = target.to(acc)
     allowed = torch.ones_like(t, dtype=torch.bool) if mask is None else mask.expand(rows, classes)
 
-    # Ignored rows may hold anything, NaN included: take their logits out of the graph altogether.
-    f = torch.where(kept[:, None], logits.to(acc), 0.0)
+    silenced = torch.zeros_like(allowed)
+    if neighbor_offsets is not None:
+        silenced = silenced_classes(y if indices else row_class.long(), neighbor_offsets, neighbor_classes, back_from)
+
+    # Ignored rows and silenced classes may hold anything, NaN included: they are out of the graph altogether.
+    present = kept[:, None] if neighbor_weight > 0 else kept[:, None] & ~silenced
+    f = torch.where(present, logits.to(acc), 0.0)
     # d(a f)/da is f, which is defined as 0 where f = -inf so that a removed class does not poison a's gradient.
     removed = f == -torch.inf
     af = torch.where(removed, a.detach() * f, a * torch.where(removed, 0.0, f))
@@ -75,10 +80,7 @@ def margin_softmax(
     if pairwise_margin is not None:
         v = v + pairwise_margin.to(acc)[y]
     v = v.masked_fill(~allowed, -torch.inf)
-    silenced = torch.zeros_like(allowed)
-    if neighbor_offsets is not None:
-        silenced = silenced_classes(y if indices else row_class.long(), neighbor_offsets, neighbor_classes, back_from)
-        v = torch.where(silenced, v + math.log(neighbor_weight) if neighbor_weight > 0 else -torch.inf, v)
+    v = torch.where(silenced, v + math.log(neighbor_weight) if neighbor_weight > 0 else -torch.inf, v)
 
     spread = allowed.to(acc) / allowed.sum(1, keepdim=True).clamp(min=1)
     smoothed = (1 - label_smoothing) * t + label_smoothing * spread

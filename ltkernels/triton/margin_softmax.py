@@ -36,7 +36,13 @@ from ltkernels.triton.margin_softmax_rows import (
     smoothing_share,
 )
 
-__all__ = ["kernel_calls", "margin_softmax_bwd", "margin_softmax_fwd", "margin_softmax_scale_"]
+__all__ = [
+    "kernel_calls",
+    "margin_softmax_bwd",
+    "margin_softmax_fwd",
+    "margin_softmax_fwd_",
+    "margin_softmax_scale_",
+]
 
 
 @triton.jit
@@ -239,10 +245,30 @@ def margin_softmax_fwd(
     with_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss, (3, N) row statistics (max, log-sum, r) and the gradient of the logits for an upstream gradient of 1."""
+    grad = torch.empty_like(logits, memory_format=torch.contiguous_format) if with_grad else logits.new_empty(0)
+    options = (
+        target, weight, logit_scale, logit_bias, target_margin, pairwise_margin, mask, sample_weight, row_class,
+        neighbor_offsets, neighbor_classes, scale, neighbor_weight, back_from, reduction, ignore_index,
+        label_smoothing,
+    )  # fmt: skip
+    return *_forward(logits, grad, with_grad, *options), grad
+
+
+def margin_softmax_fwd_(logits: Tensor, *options) -> tuple[Tensor, Tensor]:
+    """As `margin_softmax_fwd` with the gradient where the logits are: a program has read a tile when it writes it."""
+    if not logits.is_contiguous():
+        raise ValueError("logits: expected contiguous memory to write the gradient to")
+    return _forward(logits, logits, True, *options)
+
+
+def _forward(
+    logits, grad, with_grad, target, weight, logit_scale, logit_bias, target_margin, pairwise_margin, mask,
+    sample_weight, row_class, neighbor_offsets, neighbor_classes, scale, neighbor_weight, back_from, reduction,
+    ignore_index, label_smoothing,
+):  # fmt: skip
     n_rows, n_classes = logits.shape
     double = logits.dtype == torch.float64
     stats = logits.new_empty((3, n_rows), dtype=torch.float64 if double else torch.float32)
-    grad = logits.new_empty((n_rows, n_classes) if with_grad else (0,))
     row_loss = stats.new_empty(n_rows)
     if n_rows > 0:
         x = _launch.prepare(
@@ -264,10 +290,10 @@ def margin_softmax_fwd(
                 enable_fp_fusion=True,
             )  # fmt: skip
     if reduction == 0:
-        return row_loss, stats, grad
+        return row_loss, stats
     if reduction == 1 and n_rows == 0:
-        return stats.new_full((), float("nan")), stats, grad
-    return row_loss.sum(), stats, grad
+        return stats.new_full((), float("nan")), stats
+    return row_loss.sum(), stats
 
 
 @triton.jit

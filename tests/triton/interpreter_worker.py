@@ -15,7 +15,8 @@ import warnings
 os.environ["TRITON_INTERPRET"] = "1"
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
-import silencing_cases  # noqa: F401  (adds its cases)
+import linear_cases  # noqa: F401  (adds its cases)
+import silencing_cases  # noqa: F401
 import torch
 from row_cases import CASES
 
@@ -28,7 +29,7 @@ warnings.filterwarnings("ignore")  # numpy reports the overflows and the NaN tha
 def serve_cpu_with_triton() -> torch.library.Library:
     """From here on the operators' CPU kernels are the Triton launchers."""
     library = torch.library.Library("ltkernels", "IMPL")
-    for name in ("margin_softmax_fwd", "margin_softmax_bwd", "margin_softmax_scale_"):
+    for name in ("margin_softmax_fwd", "margin_softmax_fwd_", "margin_softmax_bwd", "margin_softmax_scale_"):
         library.impl(name, getattr(margin_softmax, name), "CPU")
     _ops._triton()  # counts their launches
     return library
