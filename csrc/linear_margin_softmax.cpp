@@ -18,6 +18,7 @@
 #include <cmath>
 #include <limits>
 
+#include "cpu/new_tensors.h"
 #include "linear_margin_softmax.h"
 #include "margin_options.h"
 
@@ -108,7 +109,7 @@ class Chunks {
       options_.sample_weight = u / normalizer_;
       options_.reduction = kSum;
     }
-    buffer_ = at::empty({chunk_, classes_}, input.options().dtype(type_));
+    buffer_ = new_matrix({chunk_, classes_}, type_);
   }
 
   int64_t rows() const { return rows_; }
@@ -150,7 +151,7 @@ class Chunks {
   // ---- gradients
 
   void start_gradients(int64_t grads) {
-    if (grads & kGradInput) grad_input_ = at::empty_like(input_, at::MemoryFormat::Contiguous);
+    if (grads & kGradInput) grad_input_ = new_matrix(input_.sizes(), input_.scalar_type());
     if (grads & kGradWeight) grad_weight_ = rows_ == 0 ? at::zeros_like(weight_, acc_) : Tensor();
     if (grads & kGradBias) grad_bias_ = at::zeros({classes_}, acc_);
     grads_ = grads;
@@ -195,12 +196,19 @@ class Chunks {
   Tensor normalizer_, buffer_, grad_input_, grad_weight_, grad_bias_;
   int64_t grads_ = 0;
 
+  Tensor new_matrix(at::IntArrayRef sizes, at::ScalarType type) const {
+    const Tensor x = at::empty(sizes, input_.options().dtype(type));
+    if (x.is_cpu()) advise_huge_pages(x);
+    return x;
+  }
+
   // dW in float32 (float64): a sum of many chunks in 16 bits would lose the small ones.
   void add_weight_gradient(const Tensor& x, const Tensor& g) {
     const at::ScalarType type = accumulation_type(x);
     const bool first = !grad_weight_.defined();
     if (x.scalar_type() == type) {
-      if (first) grad_weight_ = at::mm(g.t(), x);
+      if (first) grad_weight_ = new_matrix(weight_.sizes(), type);
+      if (first) at::mm_out(grad_weight_, g.t(), x);
       else grad_weight_.addmm_(g.t(), x);
     } else {
       const Tensor part = at::mm(g.t(), x, type);  // CUDA

@@ -92,9 +92,14 @@ LTK_INLINE A load_row_as(const MarginSoftmaxArgs<A>& p, int64_t i, A* v) {
 template <typename A>
 LTK_INLINE A max_of(const A* v, int64_t size) {
   constexpr int64_t W = Simd<A>::kLanes;
-  Vec<A> top = broadcast<A>(-kInfinity<A>);  // not load(v): a NaN there would stay
-  for (int64_t j = 0; j < size; j += W) top = larger(load(v + j), top);
-  return lane_max<A>(top);
+  Vec<A> top = broadcast<A>(-kInfinity<A>), tops[3] = {top, top, top};  // not load(v): a NaN there would stay
+  int64_t j = 0;
+  for (; j + 4 * W <= size; j += 4 * W) {
+    top = larger(load(v + j), top);
+    for (int k = 0; k < 3; ++k) tops[k] = larger(load(v + j + (k + 1) * W), tops[k]);
+  }
+  for (; j < size; j += W) top = larger(load(v + j), top);
+  return lane_max<A>(larger(larger(top, tops[0]), larger(tops[1], tops[2])));
 }
 
 // Row i of a matrix in any type, as acc_t.

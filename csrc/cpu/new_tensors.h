@@ -16,19 +16,24 @@ inline at::Tensor empty_tensor(at::IntArrayRef sizes, at::ScalarType type) {
   return at::Tensor(at::detail::empty_cpu(sizes, type));
 }
 
-// A contiguous (rows, classes) gradient, written once, front to back. Large ones come straight from the system, where
-// the first write to each 4 KiB page is a fault that costs more than the kernel's own work on it: ask for huge pages.
-inline at::Tensor empty_gradient(int64_t rows, int64_t classes, at::ScalarType type) {
-  at::Tensor grad = empty_tensor({rows, classes}, type);
+// Asks for huge pages under memory that has just been allocated and not been written. Large tensors come straight from
+// the system, where the first write to each 4 KiB page is a fault that costs more than a kernel's own work on it.
+inline void advise_huge_pages(const at::Tensor& x) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr uintptr_t kHugePage = uintptr_t(2) << 20;
-  const uintptr_t begin = reinterpret_cast<uintptr_t>(grad.mutable_data_ptr());
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(x.mutable_data_ptr());
   const uintptr_t first = (begin + kHugePage - 1) / kHugePage * kHugePage;
-  const uintptr_t last = (begin + grad.nbytes()) / kHugePage * kHugePage;
+  const uintptr_t last = (begin + x.nbytes()) / kHugePage * kHugePage;
   if (last >= first + 2 * kHugePage) {
     madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // advice: failure changes nothing
   }
 #endif
+}
+
+// A contiguous (rows, classes) gradient, to be written once, front to back.
+inline at::Tensor empty_gradient(int64_t rows, int64_t classes, at::ScalarType type) {
+  at::Tensor grad = empty_tensor({rows, classes}, type);
+  advise_huge_pages(grad);
   return grad;
 }
 
