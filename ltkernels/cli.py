@@ -98,7 +98,7 @@ def _report_device(device: str, reason: str) -> bool:
     loss = functional.margin_cross_entropy(logits, target)
     loss.backward()
     ran = [name for name, count in _ops.kernel_calls().items() if count > before.get(name, 0)]
-    expected, _ = reference.margin_softmax(logits, target, *[None] * 7, 1.0, "mean", -100, 0.0)
+    expected, _ = reference.margin_softmax(logits, target, *[None] * 10, 1.0, 1.0, -1, "mean", -100, 0.0)
     agrees = bool(torch.allclose(loss, expected, rtol=1e-5)) and bool(ran)
     print(f"{device:<10} {', '.join(ran) or 'no kernel ran'} ({reason}): {'ok' if agrees else 'WRONG RESULT'}")
     return agrees

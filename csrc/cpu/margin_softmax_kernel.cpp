@@ -127,10 +127,8 @@ void add_class_gradients(const MarginSoftmaxArgs<A>& p, int64_t i, const A* g, A
   A* db = class_grad + C;
   A* dm = class_grad + 2 * C;
   widen_row(p.logits, p.logits_type, i * p.logits_stride, C, row);
-  // 0 for a class that is out, whatever its logit: -inf, or anything where it is silenced.
-  for (int64_t j = 0; j < C; ++j) {
-    da[j] += (row[j] == -kInfinity<A>) | (g[j] == 0) ? 0 : p.raw_scale * row[j] * g[j];
-  }
+  zero_silenced(p, i, row);  // whatever the logits of classes that are out, NaN times 0 included
+  for (int64_t j = 0; j < C; ++j) da[j] += row[j] == -kInfinity<A> ? 0 : p.raw_scale * row[j] * g[j];
   for (int64_t j = 0; j < C; ++j) db[j] += g[j];
   if (p.index != nullptr) {
     dm[p.index[i]] -= p.raw_scale * g[p.index[i]];

@@ -131,7 +131,7 @@ void Prepared<acc_t>::set_neighbors(
     int64_t back_from) {
   if (!offsets.has_value()) return;
   TORCH_CHECK_VALUE(
-      neighbors.has_value() && (args.index != nullptr || row_class_.has_value()) &&
+      neighbors.has_value() && (!target.is_floating_point() || row_class_.has_value()) &&
           offsets->numel() == args.classes + 1,
       "neighbors: expected offsets of ", args.classes, " classes, neighbor_classes and, with probabilities, row_class");
   neighbor_offsets = offsets->contiguous();
