@@ -117,7 +117,6 @@ class Chunks {
   int64_t count() const { return (rows_ + chunk_ - 1) / chunk_; }
   const at::TensorOptions& acc() const { return acc_; }
   const Tensor& normalizer() const { return normalizer_; }
-  int64_t reduction() const { return options_.reduction; }
 
   // Rows of x from `begin` on, of length 1 for the cosine classifier.
   Tensor input_rows(int64_t begin, int64_t size) const {

@@ -3,11 +3,9 @@
 #include <ATen/Version.h>
 #include <ATen/ops/eq.h>
 #include <ATen/ops/zeros.h>
-#include <ATen/ops/zeros_like.h>
 #include <torch/library.h>
 
 #include <algorithm>
-#include <atomic>
 #include <cmath>
 #include <limits>
 #include <memory>
