@@ -46,4 +46,16 @@ inline void differentiable_once(
   }
 }
 
+// The same for what a node returns, while a graph of the backward pass is being recorded.
+inline void differentiable_once(
+    const std::string& what, const torch::autograd::variable_list& grads, const torch::autograd::Node& node,
+    const torch::autograd::variable_list& upstream) {
+  if (!at::GradMode::is_enabled()) return;
+  torch::autograd::edge_list edges = node.next_edges();
+  for (const at::Tensor& x : upstream) {
+    if (x.defined() && x.requires_grad()) edges.push_back(torch::autograd::impl::gradient_edge(x));
+  }
+  differentiable_once(what, grads, std::move(edges));
+}
+
 }  // namespace ltkernels

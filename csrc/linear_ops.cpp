@@ -112,13 +112,7 @@ struct LinearMarginSoftmaxBackward : public torch::autograd::Node {
     } else {
       recompute(upstream[0], lse_used ? OptionalTensor(upstream[1]) : std::nullopt, grads);
     }
-    if (at::GradMode::is_enabled()) {
-      torch::autograd::edge_list edges = next_edges();
-      for (const Tensor& x : upstream) {
-        if (x.defined() && x.requires_grad()) edges.push_back(torch::autograd::impl::gradient_edge(x));
-      }
-      differentiable_once(kName, grads, std::move(edges));
-    }
+    differentiable_once(kName, grads, *this, upstream);
     return grads;
   }
 

@@ -122,13 +122,7 @@ struct MarginSoftmaxBackward : public torch::autograd::Node {
         grads[kSampleWeight] = sample_weight_gradient(options, stats.select(0, 2), loss_.unpack(), upstream[0]);
       }
     }
-    if (at::GradMode::is_enabled()) {
-      torch::autograd::edge_list edges = next_edges();
-      for (const Tensor& x : upstream) {
-        if (x.defined() && x.requires_grad()) edges.push_back(torch::autograd::impl::gradient_edge(x));
-      }
-      differentiable_once("margin_cross_entropy", grads, std::move(edges));
-    }
+    differentiable_once("margin_cross_entropy", grads, *this, upstream);
     return grads;
   }
 
