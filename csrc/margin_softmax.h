@@ -77,7 +77,13 @@ struct MarginSoftmaxKernels {
   void (*backward)(const Args&, int64_t begin, int64_t end, acc_t* scratch, acc_t* class_grad);
   // Adds G of rows order[begin..end) to the (classes, classes) gradient of Delta, at the row of their class.
   void (*pairwise)(const Args&, const int64_t* order, int64_t begin, int64_t end, acc_t* scratch, acc_t* grad);
+  // out = tau * (log(counts) - log_total)
+  void (*log_prior)(const acc_t* counts, int64_t size, acc_t log_total, acc_t tau, acc_t* out);
 };
+
+// Those of the best instruction set that this processor runs.
+template <typename acc_t>
+const MarginSoftmaxKernels<acc_t>& margin_softmax_kernels();
 
 #define LTK_DECLARE_KERNELS(CAPABILITY)                            \
   namespace CAPABILITY {                                           \

@@ -6,6 +6,7 @@
 //   margin_softmax_fwd_    fwd with the gradient in place of the logits: for logits that nobody else can see.
 //   margin_softmax_scale_  gradient *= upstream gradient, in place.
 //   margin_softmax_check   the argument checks alone, for the plain-torch definition.
+//   log_prior              tau * log of the shares of the classes: cpu/log_prior.cpp.
 //   linear_margin_softmax  linear classifier and margin_softmax in row chunks, with _fwd and _bwd: linear_ops.cpp.
 //
 // fwd, bwd and scale_ have a kernel per device: C++ for CPU (cpu/), Triton for CUDA and shapes for tracing

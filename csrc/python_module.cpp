@@ -3,6 +3,7 @@
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <c10/util/Exception.h>
 
+#include "log_prior.h"
 #include "margin_softmax_op.h"
 #include "python_binding.h"
 
@@ -44,14 +45,31 @@ PyObject* margin_softmax(PyObject* overload, PyObject* const* values, Py_ssize_t
   END_HANDLE_TH_ERRORS
 }
 
-PyMethodDef kMarginSoftmax = {
-    "margin_softmax", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(&margin_softmax)), METH_FASTCALL, nullptr};
+// `overload` is torch.ops.ltkernels.log_prior.default. The operator is a composite one: no dispatch is skipped.
+PyObject* log_prior(PyObject* overload, PyObject* const* values, Py_ssize_t size) {
+  HANDLE_TH_ERRORS
+  PythonArguments next(values, size);
+  const at::Tensor counts = next.tensor();
+  const double tau = next.real();
+  if (!next.plain()) return PyObject_Vectorcall(overload, values, static_cast<size_t>(size), nullptr);
+  return THPVariable_Wrap([&] {
+    const pybind11::gil_scoped_release no_gil;
+    return ltkernels::log_prior(counts, tau);
+  }());
+  END_HANDLE_TH_ERRORS
+}
 
-// direct(overload): the direct call of an operator, given the generic one.
-PyObject* direct(PyObject*, PyObject* overload) { return PyCFunction_New(&kMarginSoftmax, overload); }
+template <PyObject* (*kCall)(PyObject*, PyObject* const*, Py_ssize_t)>
+PyObject* direct(PyObject*, PyObject* overload) {
+  static PyMethodDef method = {
+      "direct", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(kCall)), METH_FASTCALL, nullptr};
+  return PyCFunction_New(&method, overload);
+}
 
 PyMethodDef kMethods[] = {
-    {"direct", &direct, METH_O, "direct(overload): margin_softmax without the generic call's argument matching."},
+    {"direct_margin_softmax", &direct<margin_softmax>, METH_O,
+     "direct_margin_softmax(overload): the operator without the generic call's argument matching."},
+    {"direct_log_prior", &direct<log_prior>, METH_O, "direct_log_prior(overload): as direct_margin_softmax."},
     {nullptr, nullptr, 0, nullptr}};
 
 PyModuleDef kModule = {

@@ -25,9 +25,11 @@ _KERNELS_ENABLED = BACKEND == "auto"
 # The overload itself: looking it up through torch.ops costs a microsecond a call.
 margin_softmax = torch.ops.ltkernels.margin_softmax.default
 margin_softmax_check = torch.ops.ltkernels.margin_softmax_check.default
+log_prior = torch.ops.ltkernels.log_prior.default
 
 # The same without torch.ops' generic call, for eager execution; Dynamo cannot look inside.
-margin_softmax_direct = _C.direct(margin_softmax)
+margin_softmax_direct = _C.direct_margin_softmax(margin_softmax)
+log_prior_direct = _C.direct_log_prior(log_prior)
 
 GRAD_LOGITS, GRAD_CLASS, GRAD_PAIRWISE = 1, 2, 4  # bits of margin_softmax_bwd's `grads`, as in margin_softmax_op.h
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
+from ltkernels import _ops
 from ltkernels._linear import LinearStats, linear_margin_softmax
 from ltkernels._rows import margin_softmax
 from ltkernels.neighbors import NeighborMap, SilencedRows
@@ -200,11 +201,7 @@ def _with_prior(logit_bias: Tensor | None, prior_counts: Tensor, tau: float, cla
     if not isinstance(prior_counts, Tensor) or prior_counts.shape != (classes,):
         found = tuple(prior_counts.shape) if isinstance(prior_counts, Tensor) else type(prior_counts).__name__
         raise ValueError(f"prior_counts: expected a Tensor of shape ({classes},), got {found}")
-    counts = prior_counts.double() if prior_counts.dtype == torch.float64 else prior_counts.float()
-    if counts.is_cpu and not is_compiling() and not (counts > 0).all():
-        index = int((~(counts > 0)).nonzero()[0])
-        raise ValueError(f"prior_counts: expected counts above 0, got {counts[index].item():g} for class {index}")
-    prior = tau * (counts.log() - counts.sum().log())
+    prior = (_ops.log_prior if is_compiling() else _ops.log_prior_direct)(prior_counts, tau)
     return prior if logit_bias is None else logit_bias + prior
 
 

@@ -78,9 +78,10 @@ BAD: list[tuple[dict, type[Exception], tuple[str, ...]]] = [
     ),
     *(
         ({"prior_counts": replaced(COUNTS, 3, x)}, ValueError, ("prior_counts", "above 0", f"got {x:g} for class 3"))
-        for x in (0.0, -2.0, NAN)
+        for x in (0.0, -2.0, NAN, float("inf"))
     ),
     ({"prior_counts": torch.zeros(K, dtype=torch.long)}, ValueError, ("prior_counts", "for class 0")),
+    ({"prior_counts": torch.ones(K, dtype=torch.bool)}, ValueError, ("prior_counts", "real numbers")),
     ({"target": replaced(TARGET, 1, K)}, IndexError, ("target", "[0, 9)", "got 9 at row 1")),
     ({"reduction": "max"}, ValueError, ("reduction", "got 'max'")),
 ]

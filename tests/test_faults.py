@@ -76,8 +76,8 @@ FAULTS: dict[str, tuple[str, str]] = {
     "gradient of silenced classes not zeroed in backward": ("  zero_silenced(p, i, g);", "  // "),
     "ignored rows have a loss": ("p.row_max[i] = p.row_logsum[i] = p.row_loss[i] = 0;", "p.row_loss[i] = 1;"),
     "gradient of ignored rows not written": (
-        "zero_gradient(p, i);\n      continue;\n    }\n    const A top",
-        ";\n      continue;\n    }\n    const A top",
+        "zero_gradient(p, i);\n      continue;\n    }\n    prefetch_silenced",
+        ";\n      continue;\n    }\n    prefetch_silenced",
     ),
     "gradient of ignored rows not written in backward": (
         "zero_gradient(p, i);\n      continue;\n    }\n    if (p.grad",

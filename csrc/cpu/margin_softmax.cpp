@@ -248,4 +248,14 @@ TORCH_LIBRARY_IMPL(ltkernels, CPU, m) {
 }
 
 }  // namespace
+
+template <>
+const MarginSoftmaxKernels<float>& margin_softmax_kernels<float>() {
+  return variant().single;
+}
+template <>
+const MarginSoftmaxKernels<double>& margin_softmax_kernels<double>() {
+  return variant().wide;
+}
+
 }  // namespace ltkernels

@@ -68,6 +68,7 @@ void forward(const MarginSoftmaxArgs<A>& p, int64_t begin, int64_t end, A* scrat
       if (p.grad != nullptr) zero_gradient(p, i);
       continue;
     }
+    prefetch_silenced(p, i, end);
     const A top = load_row(p, i, v, t);
     const int64_t y = dense ? -1 : p.index[i];
     const A mass = dense ? target_distribution(p, i, t) : p.weight == nullptr ? 1 : p.weight[y];
@@ -163,12 +164,21 @@ void pairwise(const MarginSoftmaxArgs<A>& p, const int64_t* order, int64_t begin
   }
 }
 
+// out = tau * (log(counts) - log_total)
+template <typename A>
+void log_prior(const A* counts, int64_t size, A log_total, A tau, A* out) {
+  constexpr int64_t W = Simd<A>::kLanes;
+  int64_t j = 0;
+  for (; j + W <= size; j += W) store(out + j, (log_positive(load(counts + j)) - log_total) * tau);
+  for (; j < size; ++j) out[j] = (log_positive(broadcast<A>(counts[j]))[0] - log_total) * tau;
+}
+
 }  // namespace
 
 extern const MarginSoftmaxKernels<float> margin_softmax_float = {
-    scratch_size<float>, forward<float>, backward<float>, pairwise<float>};
+    scratch_size<float>, forward<float>, backward<float>, pairwise<float>, log_prior<float>};
 extern const MarginSoftmaxKernels<double> margin_softmax_double = {
-    scratch_size<double>, forward<double>, backward<double>, pairwise<double>};
+    scratch_size<double>, forward<double>, backward<double>, pairwise<double>, log_prior<double>};
 
 }  // namespace LTK_CAPABILITY
 }  // namespace ltkernels

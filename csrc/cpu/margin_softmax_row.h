@@ -136,6 +136,16 @@ LTK_INLINE void for_each_silenced(const MarginSoftmaxArgs<A>& p, int64_t i, F f)
   }
 }
 
+// Fetches what for_each_silenced reads for the two rows after i: two dependent trips to memory, as long as a short row.
+template <typename A>
+LTK_INLINE void prefetch_silenced(const MarginSoftmaxArgs<A>& p, int64_t i, int64_t end) {
+  if (p.neighbor_offsets == nullptr) return;
+  const int64_t* rows = p.row_class != nullptr ? p.row_class : p.index;
+  const auto known = [&](int64_t row) { return row < end && rows[row] >= 0; };  // not an ignored row
+  if (known(i + 2)) __builtin_prefetch(p.neighbor_offsets + rows[i + 2]);
+  if (known(i + 1) && rows[i + 1] < p.classes) __builtin_prefetch(p.neighbor_classes + p.neighbor_offsets[rows[i + 1]]);
+}
+
 // Sets silenced entries of a row of masses or gradients to 0, if they are out of the distribution altogether.
 template <typename A, typename T>
 LTK_INLINE void zero_silenced(const MarginSoftmaxArgs<A>& p, int64_t i, T* row) {

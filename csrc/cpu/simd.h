@@ -152,6 +152,35 @@ LTK_INLINE Vec<double> exp_nonpositive(Vec<double> x) {
   return result;
 }
 
+// log for positive finite x, within 1 ulp (Cephes): x = 2^e m with m from sqrt(1/2) to sqrt(2), log m by a polynomial.
+LTK_INLINE Vec<float> log_positive(Vec<float> x) {
+  using F = Vec<float>;
+  using Int = Simd<float>::Int;
+  const F normal = x < 0x1p-126f ? x * 0x1p24f : x;
+  const Int offset = x < 0x1p-126f ? Int{} + 24 : Int{};
+  constexpr int32_t kHalfRoot = 0x3f3504f3;  // bits of sqrt(1/2)
+  const Int above = reinterpret_cast<Int>(normal) - kHalfRoot;
+  const F e = __builtin_convertvector((above >> 23) - offset, F);
+  const F f = reinterpret_cast<F>((above & 0x7fffff) + kHalfRoot) - 1.0f;
+  F p = f * 7.0376836292e-2f - 1.1514610310e-1f;
+  p = p * f + 1.1676998740e-1f;
+  p = p * f - 1.2420140846e-1f;
+  p = p * f + 1.4249322787e-1f;
+  p = p * f - 1.6668057665e-1f;
+  p = p * f + 2.0000714765e-1f;
+  p = p * f - 2.4999993993e-1f;
+  p = p * f + 3.3333331174e-1f;
+  const F z = f * f;
+  const F low = p * f * z + e * -2.12194440e-4f - z * 0.5f;  // ln 2 in two parts (Cody and Waite)
+  return (f + low) + e * 0.693359375f;
+}
+
+LTK_INLINE Vec<double> log_positive(Vec<double> x) {
+  Vec<double> result;
+  for (int k = 0; k < Simd<double>::kLanes; ++k) result[k] = __builtin_log(x[k]);
+  return result;
+}
+
 // 16-bit floats are kept as bits: widening is exact, narrowing rounds to nearest even and keeps NaN.
 struct BFloat16 {
   uint16_t bits;
