@@ -110,6 +110,8 @@ class Chunks {
       options_.reduction = kSum;
     }
     buffer_ = new_matrix({chunk_, classes_}, type_);
+    // Worth the time that the system takes to find them if the memory is used again and again: gradients are not.
+    if (buffer_.is_cpu() && chunk_ < rows_) advise_huge_pages(buffer_);
   }
 
   int64_t rows() const { return rows_; }
@@ -196,9 +198,7 @@ class Chunks {
   int64_t grads_ = 0;
 
   Tensor new_matrix(at::IntArrayRef sizes, at::ScalarType type) const {
-    const Tensor x = at::empty(sizes, input_.options().dtype(type));
-    if (x.is_cpu()) advise_huge_pages(x);
-    return x;
+    return at::empty(sizes, input_.options().dtype(type));
   }
 
   // dW in float32 (float64): a sum of many chunks in 16 bits would lose the small ones.

@@ -11,18 +11,30 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from ltkernels import _ops
+from ltkernels._contrastive import (
+    ContrastiveStats,
+    contrastive_loss,
+    similarity_logsumexp,
+    stack_views,
+    view_pairs,
+)
 from ltkernels._linear import LinearStats, linear_margin_softmax
 from ltkernels._rows import margin_softmax
 from ltkernels.neighbors import NeighborMap, SilencedRows
 
 __all__ = [
+    "ContrastiveStats",
     "LinearStats",
     "auxiliary_cross_entropy",
     "auxiliary_predict",
+    "contrastive_loss",
     "linear_auxiliary_cross_entropy",
     "linear_margin_cross_entropy",
     "margin_cross_entropy",
     "mask_auxiliary",
+    "similarity_logsumexp",
+    "stack_views",
+    "view_pairs",
 ]
 
 

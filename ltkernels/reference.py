@@ -128,3 +128,123 @@ def silenced_classes(row_class: Tensor, offsets: Tensor, classes: Tensor, back_f
     if back_from >= 0:
         table[back_from:, back_from:] |= ~torch.eye(n - back_from, dtype=torch.bool, device=classes.device)
     return table[row_class]
+
+
+# What the log-sum-exp of a contrastive loss runs over, and what the loss makes of it.
+ALL, OWN, NEGATIVES, LOGSUMEXP, LOGSUMEXP_OTHER_LABEL, LOGSUMEXP_SAME_LABEL = range(6)
+
+
+def contrastive(
+    query: Tensor,  # q: (M, D), any floating dtype
+    key: Tensor | None,  # k: (N, D); None: the queries
+    temperature: Tensor,  # tau: (M,), above 0
+    labels: Tensor | None,  # y: (M,) integers from -1 on; -1 has no positives
+    key_labels: Tensor | None,  # (N,); None: labels, if key is None
+    positive_index: Tensor | None,  # (M,) the one positive key of each row, instead of labels
+    allowed: Tensor | None,  # (N,) or (M, N) bool: False removes the key
+    key_bias: Tensor | None,  # c: (N,)
+    pair_margin: Tensor | None,  # rho: (L, L)
+    sample_weight: Tensor | None,  # u: (M,)
+    log_normalizer: Tensor | None,  # nu: (M,), with NEGATIVES
+    extra_positive: Tensor | None,  # e: (M, D), one more positive key of each row alone
+    denominator: int,
+    exclude_self: bool,  # whether row i is no key of itself, if key is None
+    scale_by_temperature: bool,
+    reduction: str,  # "none", "mean" or "sum"
+) -> tuple[Tensor, Tensor]:
+    """Contrastive loss over rows: the reduced loss and (4, M) statistics: LSE_i, S_i, r_i and E_i, without gradient.
+
+    s[i,j] = <q_i, k_j> / tau_i,  l[i,j] = s[i,j] + c_j + rho[y_i, y_j],  LSE_i = logsumexp_{j in A(i)} l[i,j]
+    P(i): positives among the keys that row i may see;  S_i = mean_{p in P(i)} s[i,p];  E_i = sum_j softmax(l)[i,j] s[i,j]
+
+    ALL:        A(i) is all that row i sees, positives too;  r_i = LSE_i - S_i
+    NEGATIVES:  A(i) without positives;  r_i = LSE_i - S_i
+    OWN:        A(i) without positives;  r_i = mean_p softplus(LSE_i - s[i,p])
+    nu given:   w[i,j] = exp(l[i,j] - S_i - nu_i), constant;  r_i = sum_{j in A(i)} w[i,j] tau_i (s[i,j] - S_i)
+    LOGSUMEXP...: A(i) is all that row i sees, or those of another label, or those of its label;  r_i = LSE_i
+
+    loss = sum_i u_i r_i (tau_i if scale_by_temperature) / Z over rows with a positive (LOGSUMEXP: over all rows);
+    Z = sum of their u_i for the mean. r_i = 0 without a positive, and without a negative for NEGATIVES and OWN.
+    """
+    acc = torch.float64 if query.dtype == torch.float64 else torch.float32
+    q, tau = query.to(acc), temperature.to(acc)[:, None]
+    k = q if key is None else key.to(acc)
+    if key is None and key_labels is None:
+        key_labels = labels
+    rows, keys = q.shape[0], k.shape[0]
+
+    seen = torch.ones(rows, keys, dtype=torch.bool, device=query.device)
+    if key is None and exclude_self:
+        seen = ~torch.eye(rows, dtype=torch.bool, device=query.device)
+    if allowed is not None:
+        seen = seen & allowed
+    same = torch.zeros_like(seen)
+    if labels is not None:
+        same = (labels[:, None] == key_labels) & (labels[:, None] >= 0)
+    positive = torch.zeros_like(seen)
+    if denominator in (ALL, OWN, NEGATIVES):
+        positive = seen & same
+        if positive_index is not None:
+            positive = seen & (positive_index[:, None] == torch.arange(keys, device=query.device))
+
+    product = q @ k.T
+    additive = q.new_zeros(rows, keys)
+    if key_bias is not None:
+        additive = additive + key_bias.to(acc)
+    if pair_margin is not None:
+        labelled = (labels[:, None] >= 0) & (key_labels >= 0)
+        margin = pair_margin.to(acc)[labels.clamp(min=0)[:, None], key_labels.clamp(min=0)]
+        additive = additive + torch.where(labelled, margin, 0.0)
+    if extra_positive is not None:
+        own = torch.ones(rows, 1, dtype=torch.bool, device=query.device)
+        product = torch.cat([product, (q * extra_positive.to(acc)).sum(1, keepdim=True)], 1)
+        additive = torch.cat([additive, q.new_zeros(rows, 1)], 1)
+        seen, positive = torch.cat([seen, own], 1), torch.cat([positive, own], 1)
+        same = torch.cat([same, own], 1)
+    s = product / tau
+
+    if denominator in (OWN, NEGATIVES):
+        summed = seen & ~positive
+    elif denominator in (LOGSUMEXP_OTHER_LABEL, LOGSUMEXP_SAME_LABEL):
+        summed = seen & (same if denominator == LOGSUMEXP_SAME_LABEL else ~same)
+    else:
+        summed = seen
+    # A row with nothing to sum is out of the graph: the gradient of its log-sum-exp would be NaN.
+    full = (summed & (additive > -torch.inf)).any(1)
+    logits = torch.where(summed & full[:, None], s + additive, torch.where(full[:, None], -torch.inf, 0.0))
+    lse = torch.where(full, torch.logsumexp(logits, 1), -torch.inf)
+    count = positive.sum(1)
+    mean_positive = torch.where(positive, s, 0.0).sum(1) / count.clamp(min=1)
+
+    if denominator >= LOGSUMEXP:
+        counted, row_loss = torch.ones_like(full), lse
+    elif log_normalizer is not None:
+        counted = count > 0
+        shift = (mean_positive + log_normalizer.to(acc))[:, None]
+        mass = torch.where(summed & full[:, None], logits - shift, -torch.inf).exp().detach()
+        mean_product = torch.where(positive, product, 0.0).sum(1) / count.clamp(min=1)
+        row_loss = torch.where(mass > 0, mass * (product - mean_product[:, None]), 0.0).sum(1)
+    elif denominator == OWN:
+        counted = count > 0
+        gap = torch.where(positive & full[:, None], lse[:, None] - s, -torch.inf)  # softplus(-inf) = 0
+        row_loss = torch.logaddexp(gap, torch.zeros_like(gap)).sum(1) / count.clamp(min=1)
+        row_loss = torch.where(full, row_loss, 0.0)
+    else:
+        counted = count > 0
+        row_loss = torch.where(full, lse - mean_positive, 0.0)
+    if denominator < LOGSUMEXP:
+        row_loss = torch.where(counted, row_loss, 0.0)
+    if scale_by_temperature:
+        row_loss = tau[:, 0] * row_loss
+
+    with torch.no_grad():
+        p = torch.where(full[:, None], torch.softmax(logits, 1), 0.0)
+        expected = torch.where(p > 0, p * s, 0.0).sum(1)
+        stats = torch.stack([lse, mean_positive, row_loss, expected]).detach()
+    u = torch.ones_like(row_loss) if sample_weight is None else sample_weight.to(acc)
+    u = torch.where(counted, u, 0.0)
+    weighted = torch.where(counted, u * row_loss, 0.0)
+    if reduction == "none":
+        return weighted, stats
+    total, normalizer = weighted.sum(), u.sum() if reduction == "mean" else u.new_ones(())
+    return torch.where(normalizer != 0, total / torch.where(normalizer != 0, normalizer, 1.0), 0.0), stats
