@@ -17,7 +17,7 @@ from setuptools import setup
 from torch.utils.cpp_extension import BuildExtension, CppExtension
 
 ROOT = Path(__file__).parent
-KERNEL_FILES = ["csrc/cpu/margin_softmax_kernel.cpp"]
+KERNEL_FILES = ["csrc/cpu/margin_softmax_kernel.cpp", "csrc/cpu/contrastive_kernel.cpp"]
 CAPABILITIES = {"DEFAULT": []}
 if platform.machine() in ("x86_64", "AMD64"):
     CAPABILITIES["AVX2"] = ["-mavx2", "-mfma", "-mf16c"]

@@ -23,8 +23,8 @@ enum ContrastiveGrads : int64_t {
   kExpected = 64
 };
 
-// Rows of the (4, M) statistics.
-enum ContrastiveStat { kLse, kPositive, kRowLoss, kExpectedLogit, kContrastiveStats };
+// Rows of the (5, M) statistics; kCount: positives of a row, 1 if none are asked for.
+enum ContrastiveStat { kLse, kPositive, kRowLoss, kExpectedLogit, kCount, kContrastiveStats };
 
 enum class LabelRule { kNone, kWithoutSame, kSameOnly };  // which keys of its label a row's log-sum-exp runs over
 

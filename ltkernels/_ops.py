@@ -37,6 +37,7 @@ GRAD_LOGITS, GRAD_CLASS, GRAD_PAIRWISE = 1, 2, 4  # bits of margin_softmax_bwd's
 GRAD_INPUT, GRAD_WEIGHT, GRAD_BIAS, GRAD_CLASSES, GRAD_PAIRS = 1, 2, 4, 8, 16
 
 linear_margin_softmax = torch.ops.ltkernels.linear_margin_softmax.default
+contrastive = torch.ops.ltkernels.contrastive.default
 
 
 def uses_kernel(x: Tensor) -> bool:
@@ -135,6 +136,32 @@ def _linear_gradients(input, linear_weight, linear_bias, grads):
 @torch.library.register_fake("ltkernels::margin_softmax_scale_")
 def _(grad, grad_output):
     return None
+
+
+@torch.library.register_fake("ltkernels::contrastive_fwd")
+def _(query, *rest):
+    reduction, grads = rest[-2:]
+    rows, acc = query.shape[0], _accumulation_dtype(query)
+    loss = query.new_empty((rows,) if reduction == 0 else (), dtype=acc)
+    return loss, query.new_empty((5, rows), dtype=acc), *_contrastive_gradients(query, *rest[:-1], grads=grads)
+
+
+@torch.library.register_fake("ltkernels::contrastive_bwd")
+def _(grad_loss, stats, query, *rest):
+    return _contrastive_gradients(query, *rest[:-1], grads=rest[-1])
+
+
+def _contrastive_gradients(
+    query, key, temperature, labels, key_labels, positive_index, allowed, key_bias, pair_margin, sample_weight,
+    log_normalizer, extra_positive, denominator, exclude_self, scale_by_temperature, reduction, *, grads,
+):  # fmt: skip
+    acc = _accumulation_dtype(query)
+    leaves = (query, key, temperature, key_bias, pair_margin, extra_positive)
+    dtypes = (query.dtype, query.dtype, acc, acc, acc, query.dtype)
+    return tuple(
+        query.new_empty(leaf.shape if leaf is not None and grads >> bit & 1 else (0,), dtype=dtype)
+        for bit, (leaf, dtype) in enumerate(zip(leaves, dtypes, strict=True))
+    )
 
 
 # ------------------------------------------------------------------------------------------------------ Triton for CUDA

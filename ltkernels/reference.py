@@ -152,7 +152,8 @@ def contrastive(
     scale_by_temperature: bool,
     reduction: str,  # "none", "mean" or "sum"
 ) -> tuple[Tensor, Tensor]:
-    """Contrastive loss over rows: the reduced loss and (4, M) statistics: LSE_i, S_i, r_i and E_i, without gradient.
+    """Contrastive loss over rows: the reduced loss and (5, M) statistics, without gradient: LSE_i, S_i, r_i, E_i and
+    the number of positives (LOGSUMEXP: 1).
 
     s[i,j] = <q_i, k_j> / tau_i,  l[i,j] = s[i,j] + c_j + rho[y_i, y_j],  LSE_i = logsumexp_{j in A(i)} l[i,j]
     P(i): positives among the keys that row i may see;  S_i = mean_{p in P(i)} s[i,p];  E_i = sum_j softmax(l)[i,j] s[i,j]
@@ -240,7 +241,8 @@ def contrastive(
     with torch.no_grad():
         p = torch.where(full[:, None], torch.softmax(logits, 1), 0.0)
         expected = torch.where(p > 0, p * s, 0.0).sum(1)
-        stats = torch.stack([lse, mean_positive, row_loss, expected]).detach()
+        number = count if denominator < LOGSUMEXP else torch.ones_like(count)
+        stats = torch.stack([lse, mean_positive, row_loss, expected, number.to(acc)]).detach()
     u = torch.ones_like(row_loss) if sample_weight is None else sample_weight.to(acc)
     u = torch.where(counted, u, 0.0)
     weighted = torch.where(counted, u * row_loss, 0.0)
