@@ -33,8 +33,8 @@ template <typename acc_t>
 struct ContrastiveTile {
   using Label = int32_t;
   int64_t rows = 0, keys = 0, stride = 0;
-  acc_t* x = nullptr;           // (rows, stride)
-  acc_t* logits = nullptr;      // (rows, stride) scratch, or null if l = x / tau
+  acc_t* x = nullptr;       // (rows, stride)
+  acc_t* logits = nullptr;  // (rows, stride) scratch, or null if l = x / tau
   const acc_t* inverse_temperature = nullptr;
   const Label* label = nullptr;      // (rows,) below 0: no positives; null: no labels
   const Label* key_label = nullptr;  // (keys,)
@@ -78,8 +78,8 @@ struct ContrastiveKernels {
   void (*add_transposed)(const acc_t* x, int64_t rows, int64_t keys, int64_t stride, acc_t* out, int64_t out_stride);
 };
 
-#define LTK_DECLARE_KERNELS(CAPABILITY)                      \
-  namespace CAPABILITY {                                     \
+#define LTK_DECLARE_KERNELS(CAPABILITY)                       \
+  namespace CAPABILITY {                                      \
   extern const ContrastiveKernels<float> contrastive_float;   \
   extern const ContrastiveKernels<double> contrastive_double; \
   }

@@ -56,9 +56,8 @@ EightTensors call_fwd(LTK_CONTRASTIVE_PARAMETERS, int64_t grads) {
 }
 
 SixTensors call_bwd(const Tensor& grad_loss, const Tensor& stats, LTK_CONTRASTIVE_PARAMETERS, int64_t grads) {
-  static const auto op =
-      typed_operator<SixTensors(const Tensor&, const Tensor&, LTK_CONTRASTIVE_PARAMETERS, int64_t)>(
-          "ltkernels::contrastive_bwd");
+  static const auto op = typed_operator<SixTensors(const Tensor&, const Tensor&, LTK_CONTRASTIVE_PARAMETERS, int64_t)>(
+      "ltkernels::contrastive_bwd");
   return op.call(grad_loss, stats, LTK_CONTRASTIVE_ARGUMENTS, grads);
 }
 
@@ -66,8 +65,8 @@ SixTensors call_bwd(const Tensor& grad_loss, const Tensor& stats, LTK_CONTRASTIV
 // the operators and bits 0 to 5 of `grads`; sample_weight comes after them.
 constexpr size_t kGradients = 6, kSampleWeight = 6, kOutputs = 7;
 
-#define LTK_CONTRASTIVE_LEAVES                                                                                    \
-  query, value_or_undefined(key), temperature, value_or_undefined(key_bias), value_or_undefined(pair_margin),     \
+#define LTK_CONTRASTIVE_LEAVES                                                                                \
+  query, value_or_undefined(key), temperature, value_or_undefined(key_bias), value_or_undefined(pair_margin), \
       value_or_undefined(extra_positive), value_or_undefined(sample_weight)
 
 struct ContrastiveBackward : public torch::autograd::Node {
@@ -170,10 +169,10 @@ void check_arguments(LTK_CONTRASTIVE_PARAMETERS) {
   check_vector("sample_weight", sample_weight, rows);
   check_vector("log_normalizer", log_normalizer, rows);
   TORCH_CHECK_VALUE(
-      !allowed.has_value() || (allowed->scalar_type() == at::kBool &&
-                               (allowed->dim() == 1 ? allowed->sym_size(0) == keys
-                                                    : allowed->dim() == 2 && allowed->sym_size(0) == rows &&
-                                                          allowed->sym_size(1) == keys)),
+      !allowed.has_value() ||
+          (allowed->scalar_type() == at::kBool &&
+           (allowed->dim() == 1 ? allowed->sym_size(0) == keys
+                                : allowed->dim() == 2 && allowed->sym_size(0) == rows && allowed->sym_size(1) == keys)),
       "allowed: expected booleans of shape (N,) or (M, N)");
   TORCH_CHECK_VALUE(
       !pair_margin.has_value() ||
@@ -231,9 +230,17 @@ TwoTensors contrastive_autograd(LTK_CONTRASTIVE_PARAMETERS, bool with_expected) 
     for (size_t k = 0; k < kGradients; ++k) node->grads_[k] = SavedVariable(grads[k], false);
   } else {
     const std::array<Tensor, 12> inputs = {
-        query, value_or_undefined(key), temperature, value_or_undefined(labels), value_or_undefined(key_labels),
-        value_or_undefined(positive_index), value_or_undefined(allowed), value_or_undefined(key_bias),
-        value_or_undefined(pair_margin), value_or_undefined(sample_weight), value_or_undefined(log_normalizer),
+        query,
+        value_or_undefined(key),
+        temperature,
+        value_or_undefined(labels),
+        value_or_undefined(key_labels),
+        value_or_undefined(positive_index),
+        value_or_undefined(allowed),
+        value_or_undefined(key_bias),
+        value_or_undefined(pair_margin),
+        value_or_undefined(sample_weight),
+        value_or_undefined(log_normalizer),
         value_or_undefined(extra_positive)};
     for (size_t k = 0; k < inputs.size(); ++k) node->inputs_[k] = SavedVariable(inputs[k], false);
   }

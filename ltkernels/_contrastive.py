@@ -20,6 +20,7 @@ _EXCLUDED = {
     "different_label": (reference.LOGSUMEXP_SAME_LABEL, True),
 }
 LAYOUTS = ("stacked", "interleaved")
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class ContrastiveStats(NamedTuple):
@@ -55,7 +56,8 @@ def contrastive_loss(
 
     .. math::
         \ell_{ij} = \langle q_i, k_j \rangle / \tau_i + c_j + \rho_{y_i y_j}, \qquad
-        L_i = \log \sum_{j \in A(i)} e^{\ell_{ij}} - \frac{1}{|P(i)|} \sum_{p \in P(i)} \langle q_i, k_p \rangle / \tau_i
+        L_i = \log \sum_{j \in A(i)} e^{\ell_{ij}} -
+        \frac{1}{|P(i)|} \sum_{p \in P(i)} \langle q_i, k_p \rangle / \tau_i
 
     P(i) are the positives of row i, A(i) the keys in its denominator. Without ``key`` the queries are contrasted with
     each other and no row is its own key. The loss is :math:`\sum_i u_i L_i / Z` over the rows that have a positive;
@@ -106,7 +108,7 @@ def contrastive_loss(
         >>> tau = torch.full((8,), 0.1)
         >>> LF.contrastive_loss(embeddings, temperature=tau, labels=labels, normalize=True).backward()
     """
-    if denominator not in DENOMINATORS:
+    if not isinstance(denominator, str) or denominator not in DENOMINATORS:
         raise ValueError(f"denominator: expected 'all', 'own' or 'negatives', got {denominator!r}")
     if labels is not None and positive_index is not None:
         raise ValueError("labels, positive_index: expected one of them, got both")
@@ -153,7 +155,7 @@ def similarity_logsumexp(
         >>> LF.similarity_logsumexp(z, temperature=0.5, labels=y, exclude="same_label").shape
         torch.Size([8])
     """
-    if exclude not in _EXCLUDED:
+    if not (exclude is None or isinstance(exclude, str)) or exclude not in _EXCLUDED:
         raise ValueError(f"exclude: expected 'self', 'same_label', 'different_label' or None, got {exclude!r}")
     if exclude in ("same_label", "different_label") and labels is None:
         raise ValueError(f"labels: expected a Tensor for exclude={exclude!r}, got None")
@@ -215,7 +217,7 @@ def _call(
     _check_embeddings(query, key, options)
     temperature = _temperature(temperature, query)
     _check_shapes(query, key, options)
-    if not is_compiling() and type(query) is Tensor and query.is_cpu:
+    if query.is_cpu and not is_compiling() and not _has_no_values(query, temperature, *options):
         _check_values(query, key, temperature, options)
     if normalize:
         query = reference.directions(query)
@@ -226,6 +228,14 @@ def _call(
     if _ops.uses_kernel(query):
         return _ops.contrastive(*arguments, reduction_code, with_stats)
     return reference.contrastive(*arguments, reduction)
+
+
+def _has_no_values(*tensors: Tensor | None) -> bool:
+    """Whether one of them is traced or batched: there is nothing to read."""
+    plain = (Tensor, torch.nn.Parameter)
+    return any(
+        x is not None and (type(x) not in plain or torch._C._functorch.is_functorch_wrapped_tensor(x)) for x in tensors
+    )
 
 
 def _temperature(temperature: float | Tensor, query: Tensor) -> Tensor:
@@ -254,8 +264,8 @@ def _check_embeddings(query, key, options: _Options) -> None:
         raise TypeError(f"query: expected a Tensor, got {type(query).__name__}")
     if query.dim() != 2 or query.shape[1] == 0:
         raise ValueError(f"query: expected embeddings of shape (M, D) with D > 0, got {tuple(query.shape)}")
-    if not query.is_floating_point():
-        raise TypeError(f"query: expected a floating dtype, got {query.dtype}")
+    if query.dtype not in _DTYPES:
+        raise TypeError(f"query: expected float16, bfloat16, float32 or float64, got {query.dtype}")
     for name, x, rows in (("key", key, None), ("extra_positive", options.extra_positive, query.shape[0])):
         if x is None:
             continue
@@ -264,6 +274,8 @@ def _check_embeddings(query, key, options: _Options) -> None:
         if x.dim() != 2 or x.shape[1] != query.shape[1] or rows not in (None, x.shape[0]):
             expected = f"({'N' if rows is None else rows}, {query.shape[1]})"
             raise ValueError(f"{name}: expected shape {expected}, got {tuple(x.shape)}")
+        if x.device != query.device:
+            raise ValueError(f"{name}: expected a tensor on {query.device} like query, got one on {x.device}")
         if x.dtype != query.dtype:
             raise TypeError(f"{name}: expected dtype {query.dtype} like query, got {x.dtype}")
 
@@ -313,6 +325,7 @@ def _check_values(query: Tensor, key: Tensor | None, temperature: Tensor, option
             x = getattr(options, name)
             if x is None:
                 continue
+            x = x.long()  # -1 is no number of uint8
             refuse(x < -1, name, x, "labels from -1 on")
             if options.pair_margin is not None:
                 count = options.pair_margin.shape[0]

@@ -140,20 +140,17 @@ def _(info, in_dims, grad_loss, grad_lse, stats, *args):
     return (grad.reshape(batch, rows, -1), empty, empty), (0, 0, 0)
 
 
-# The linear form has a classifier in common, or one a problem: a call each.
-@torch.library.register_vmap("ltkernels::linear_margin_softmax")
-def _(info, in_dims, *args):
-    return _loop(_ops.linear_margin_softmax, info, in_dims, args)
+def _call_each(name: str) -> None:
+    """A kernel call a problem: for linear forms, with a classifier of each, and for embeddings that see each other."""
+
+    @torch.library.register_vmap(f"ltkernels::{name}")
+    def _(info, in_dims, *args):
+        return _loop(getattr(_ops, name), info, in_dims, args)
 
 
-@torch.library.register_vmap("ltkernels::linear_margin_softmax_fwd")
-def _(info, in_dims, *args):
-    return _loop(_ops.linear_margin_softmax_fwd, info, in_dims, args)
-
-
-@torch.library.register_vmap("ltkernels::linear_margin_softmax_bwd")
-def _(info, in_dims, *args):
-    return _loop(_ops.linear_margin_softmax_bwd, info, in_dims, args)
+for _operation in ("linear_margin_softmax", "contrastive"):
+    for _pass in ("", "_fwd", "_bwd"):
+        _call_each(_operation + _pass)
 
 
 @torch.library.register_vmap("ltkernels::margin_softmax_scale_")

@@ -156,7 +156,8 @@ def contrastive(
     the number of positives (LOGSUMEXP: 1).
 
     s[i,j] = <q_i, k_j> / tau_i,  l[i,j] = s[i,j] + c_j + rho[y_i, y_j],  LSE_i = logsumexp_{j in A(i)} l[i,j]
-    P(i): positives among the keys that row i may see;  S_i = mean_{p in P(i)} s[i,p];  E_i = sum_j softmax(l)[i,j] s[i,j]
+    P(i): positives among the keys that row i may see;  S_i = mean_{p in P(i)} s[i,p]
+    E_i = sum_j softmax(l)[i,j] s[i,j] over A(i)
 
     ALL:        A(i) is all that row i sees, positives too;  r_i = LSE_i - S_i
     NEGATIVES:  A(i) without positives;  r_i = LSE_i - S_i
@@ -170,8 +171,9 @@ def contrastive(
     acc = torch.float64 if query.dtype == torch.float64 else torch.float32
     q, tau = query.to(acc), temperature.to(acc)[:, None]
     k = q if key is None else key.to(acc)
-    if key is None and key_labels is None:
-        key_labels = labels
+    if labels is not None:
+        labels = labels.long()
+        key_labels = labels if key is None else key_labels.long()
     rows, keys = q.shape[0], k.shape[0]
 
     seen = torch.ones(rows, keys, dtype=torch.bool, device=query.device)
@@ -188,7 +190,8 @@ def contrastive(
         if positive_index is not None:
             positive = seen & (positive_index[:, None] == torch.arange(keys, device=query.device))
 
-    product = q @ k.T
+    with torch.autocast(query.device.type, enabled=False):
+        product = q @ k.T
     additive = q.new_zeros(rows, keys)
     if key_bias is not None:
         additive = additive + key_bias.to(acc)

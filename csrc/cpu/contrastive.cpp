@@ -27,7 +27,10 @@ class Contrastive : public ContrastiveTiles<A> {
 
  public:
   explicit Contrastive(LTK_CONTRASTIVE_PARAMETERS)
-      : Base(LTK_CONTRASTIVE_ARGUMENTS), denominator_(denominator), reduction_(reduction), scaled_(scale_by_temperature) {
+      : Base(LTK_CONTRASTIVE_ARGUMENTS),
+        denominator_(denominator),
+        reduction_(reduction),
+        scaled_(scale_by_temperature) {
     if (sample_weight.has_value()) weight_ = this->vector(*sample_weight);
     if (log_normalizer.has_value()) normalizer_ = this->vector(*log_normalizer);
     if (extra_positive.has_value()) extra_ = extra_positive->to(this->type()).contiguous();
@@ -163,8 +166,8 @@ class Contrastive : public ContrastiveTiles<A> {
     struct Part {
       std::vector<A> max, sum, product, count;
     } parts[2];
-    for (Part& part : parts) part = {std::vector<A>(rows_, -kInfinite), std::vector<A>(rows_), std::vector<A>(rows_),
-                                     std::vector<A>(rows_)};
+    for (Part& part : parts)
+      part = {std::vector<A>(rows_, -kInfinite), std::vector<A>(rows_), std::vector<A>(rows_), std::vector<A>(rows_)};
     const bool labels = this->has_positive_labels();
     this->for_each_role(
         [&](const Tile& tile, int64_t row, int64_t, int role) {
@@ -230,7 +233,8 @@ class Contrastive : public ContrastiveTiles<A> {
       this->for_each_role([&](const Tile& tile, int64_t row, int64_t, int role) {
         kernels_.softplus(tile, lse_.data() + row, loss[role].data() + row, slope[role].data() + row);
       });
-      for (int64_t i = 0; i < rows_; ++i) own_loss_[i] = loss[0][i] + loss[1][i], own_slope_[i] = slope[0][i] + slope[1][i];
+      for (int64_t i = 0; i < rows_; ++i)
+        own_loss_[i] = loss[0][i] + loss[1][i], own_slope_[i] = slope[0][i] + slope[1][i];
     }
     for (int64_t i = 0; i < rows_; ++i) {
       const bool indexed = this->has_positive_index() && count_[i] > (extra_.defined() ? 1 : 0);
@@ -353,7 +357,8 @@ class Contrastive : public ContrastiveTiles<A> {
   }
 };
 
-using Forward = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+using Forward =
+    std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 using Backward = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
 KernelCounter& forward_calls() {
@@ -392,7 +397,8 @@ Forward contrastive_fwd(LTK_CONTRASTIVE_PARAMETERS, int64_t grads) {
                                             : forward<float>(LTK_CONTRASTIVE_ARGUMENTS, grads);
 }
 
-Backward contrastive_bwd(const at::Tensor& grad_loss, const at::Tensor& stats, LTK_CONTRASTIVE_PARAMETERS, int64_t grads) {
+Backward contrastive_bwd(
+    const at::Tensor& grad_loss, const at::Tensor& stats, LTK_CONTRASTIVE_PARAMETERS, int64_t grads) {
   return query.scalar_type() == at::kDouble ? backward<double>(grad_loss, stats, LTK_CONTRASTIVE_ARGUMENTS, grads)
                                             : backward<float>(grad_loss, stats, LTK_CONTRASTIVE_ARGUMENTS, grads);
 }

@@ -265,9 +265,9 @@ void add_transposed(const A* x, int64_t rows, int64_t keys, int64_t stride, A* o
 
 }  // namespace
 
-#define LTK_KERNELS(A)                                                                                  \
-  {prepare<A>, accumulate<A>, positives<A>, softplus<A>, expected<A>, key_sums<A>, gradient<A>, transpose<A>, \
-   add_transposed<A>}
+#define LTK_KERNELS(A)                                                      \
+  {prepare<A>,  accumulate<A>, positives<A>, softplus<A>,      expected<A>, \
+   key_sums<A>, gradient<A>,   transpose<A>, add_transposed<A>}
 extern const ContrastiveKernels<float> contrastive_float = LTK_KERNELS(float);
 extern const ContrastiveKernels<double> contrastive_double = LTK_KERNELS(double);
 #undef LTK_KERNELS

@@ -1,4 +1,5 @@
-// The tiles of a similarity matrix q k^T: who computes which, what is masked in them, and products with keys and queries.
+// The tiles of a similarity matrix q k^T: who computes which, what is masked in them, and products with keys and
+// queries.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -205,8 +206,8 @@ class ContrastiveTiles {
     std::vector<int32_t> result(blocks(size) * block_, -1);
     for (int64_t i = 0; i < size; ++i) {
       TORCH_CHECK_VALUE(
-          y[i] >= -1 && y[i] <= std::numeric_limits<int32_t>::max(), "labels: expected numbers from -1 to 2^31 - 1, got ",
-          y[i], " at index ", i);
+          y[i] >= -1 && y[i] <= std::numeric_limits<int32_t>::max(),
+          "labels: expected numbers from -1 to 2^31 - 1, got ", y[i], " at index ", i);
       result[i] = static_cast<int32_t>(y[i]);
     }
     return result;
@@ -229,8 +230,8 @@ class ContrastiveTiles {
     positive_index_.assign(p, p + rows_);
     for (int64_t i = 0; i < rows_; ++i) {
       TORCH_CHECK_VALUE(
-          p[i] >= 0 && p[i] < keys_, "positive_index: expected keys from 0 to ", keys_ - 1, ", got ", p[i], " at index ",
-          i);
+          p[i] >= 0 && p[i] < keys_, "positive_index: expected keys from 0 to ", keys_ - 1, ", got ", p[i],
+          " at index ", i);
     }
     without_positive_index_ = denominator == kOwn || denominator == kNegatives;
   }
@@ -242,7 +243,8 @@ class ContrastiveTiles {
     num_labels_ = pair_margin->size(0);
     for (const std::vector<int32_t>* labels : {&label_, &key_label_}) {
       for (const int32_t y : *labels) {
-        TORCH_CHECK_VALUE(y < num_labels_, "labels: expected labels below ", num_labels_, ", the size of pair_margin, got ", y);
+        TORCH_CHECK_VALUE(
+            y < num_labels_, "labels: expected labels below ", num_labels_, ", the size of pair_margin, got ", y);
       }
     }
   }
@@ -287,7 +289,8 @@ class ContrastiveTiles {
   }
 
   void pad(A* x, int64_t rows, int64_t keys) const {
-    for (int64_t r = 0; keys < stride_ && r < rows; ++r) std::fill(x + r * stride_ + keys, x + (r + 1) * stride_, -kInfinite);
+    for (int64_t r = 0; keys < stride_ && r < rows; ++r)
+      std::fill(x + r * stride_ + keys, x + (r + 1) * stride_, -kInfinite);
   }
 
   void transpose(const A* x, int64_t i, int64_t j, A* out) const {
