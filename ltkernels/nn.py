@@ -1,6 +1,6 @@
 """Loss modules for long-tailed training, and the cosine classifier some of them need.
 
-Each loss is :class:`MarginCrossEntropyLoss` with the margins of one method of :mod:`ltkernels.margins`, or
+Each loss of logits is :class:`MarginCrossEntropyLoss` with the margins of one method of :mod:`ltkernels.margins`, or
 :class:`NeighborSilencingLoss` over target and auxiliary classes. What holds for all of them:
 
 - Class vectors are buffers, saved in the ``state_dict`` and copied from the arguments. One that is given as an
@@ -8,6 +8,11 @@ Each loss is :class:`MarginCrossEntropyLoss` with the margins of one method of :
 - ``.half()``, ``.bfloat16()`` and ``.to(dtype)`` move class vectors but keep them float32 at least: rounding log-priors
   to 16 bits would change the loss silently. Logits of every dtype go with them.
 - ``weight`` may be a :class:`ltkernels.margins.DeferredReweighting`; call ``set_epoch`` at the start of every epoch.
+
+Each contrastive loss of embeddings is a few lines over :func:`ltkernels.functional.contrastive_loss`:
+:class:`NTXentLoss`, :class:`SupConLoss`, :class:`BalancedContrastiveLoss` and :class:`MoCoLoss`, and with a temperature
+that changes :class:`TemperatureScheduledLoss`, :class:`TemperatureContrastiveLoss`, :class:`MACLLoss` and
+:class:`ISogCLRLoss`. What they know of single samples is in buffers, and float32 at least as well.
 """
 
 from __future__ import annotations
@@ -19,20 +24,30 @@ from torch import Tensor
 from ltkernels import margins as M
 from ltkernels._auxiliary_loss import NeighborSilencingLoss
 from ltkernels._checks import ClassCounts, number
+from ltkernels._contrastive_keys import BalancedContrastiveLoss, ISogCLRLoss, MACLLoss, MoCoLoss
+from ltkernels._contrastive_loss import NTXentLoss, SupConLoss, TemperatureContrastiveLoss, TemperatureScheduledLoss
 from ltkernels._cosine_linear import CosineLinear
 from ltkernels._linear_loss import LinearMarginCrossEntropyLoss
 from ltkernels._margin_loss import LossOptions, MarginCrossEntropyLoss
 
 __all__ = [
+    "BalancedContrastiveLoss",
     "BalancedSoftmaxLoss",
     "CDTLoss",
     "CosineLinear",
     "EqualizationLoss",
+    "ISogCLRLoss",
     "LDAMLoss",
     "LinearMarginCrossEntropyLoss",
     "LogitAdjustedLoss",
+    "MACLLoss",
     "MarginCrossEntropyLoss",
+    "MoCoLoss",
+    "NTXentLoss",
     "NeighborSilencingLoss",
+    "SupConLoss",
+    "TemperatureContrastiveLoss",
+    "TemperatureScheduledLoss",
     "VSLoss",
 ]
 

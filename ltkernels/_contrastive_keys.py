@@ -1,0 +1,424 @@
+"""Loss modules of ``contrastive_loss`` with keys or temperatures of their own: prototypes, a queue, learned ones."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.compiler import is_compiling
+
+import ltkernels.functional as LF
+from ltkernels._checks import integer, kind_of, number
+from ltkernels._contrastive_loss import ContrastiveLossModule, check_embeddings, check_index, shown
+from ltkernels.reference import directions
+
+
+class BalancedContrastiveLoss(ContrastiveLossModule):
+    r"""Supervised contrastive loss that averages over classes in the denominator and has a prototype of each class.
+
+    .. math:: L_i = \log \sum_{j \ne i} \frac{1}{n_{y_j}} e^{s_{ij}} - \frac{1}{|P(i)|} \sum_{p \in P(i)} s_{ip}, \qquad
+        s_{ij} = \langle z_i, k_j \rangle / \tau
+
+    Keys are the batch and one prototype of each class, which is a positive of its class: every row has one, and every
+    class is in every denominator. :math:`n_c` counts the keys of class c, row i itself included. Rows are averaged over
+    the batch. Zhu et al., "Balanced Contrastive Learning for Long-Tailed Visual Recognition", arXiv:2207.09052.
+
+    The authors' code differs from their formula: in the term of the own class it divides by the keys without row i,
+    :math:`n_{y_i} - 1`. ``count_anchor=False`` gives that, with a table of C x C numbers at every call.
+
+    Args:
+        temperature: :math:`\tau > 0`: a number, or a tensor or ``nn.Parameter`` of shape ().
+        normalize: Divide embeddings and prototypes by their length first.
+        count_anchor: Whether :math:`n_{y_i}` counts row i.
+
+    Raises:
+        ValueError: a value out of range, wrong shapes, labels that are not below C (checked on CPUs).
+        TypeError: a wrong type or dtype.
+
+    Example::
+
+        >>> loss = BalancedContrastiveLoss(temperature=0.1)
+        >>> loss(network(image), labels, prototypes=head(classifier.weight)).backward()
+    """
+
+    temperature: float | Tensor
+
+    def __init__(self, temperature: float | Tensor = 0.1, normalize: bool = True, *, count_anchor: bool = True) -> None:
+        super().__init__(normalize)
+        self._set_temperature(temperature)
+        self.count_anchor = bool(count_anchor)
+
+    def forward(self, embeddings: Tensor, labels: Tensor, prototypes: Tensor) -> Tensor:
+        """The loss, a scalar, with gradients to embeddings and prototypes.
+
+        Args:
+            embeddings: (M, D) of any floating dtype, or (N, V, D), V views of N samples.
+            labels: (M,), or (N,) with views: integers from -1 to C - 1. A row of -1 is a key of its own class, and has
+                no loss.
+            prototypes: (C, D) of the dtype of ``embeddings``: class c is row c.
+        """
+        check_embeddings(embeddings)
+        if not isinstance(labels, Tensor):
+            raise TypeError(f"labels: expected a Tensor, got {type(labels).__name__}")
+        embeddings, labels, _ = self._batch(embeddings, labels)
+        _check_like("prototypes", prototypes, embeddings)
+        classes, rows = prototypes.shape[0], embeddings.shape[0]
+        _check_labels(labels, rows, classes)
+        key_labels = torch.cat([labels, torch.arange(classes, device=labels.device, dtype=labels.dtype)])
+        # Entry 0 is for label -1.
+        accumulated = torch.promote_types(embeddings.dtype, torch.float32)
+        counts = embeddings.new_zeros(classes + 1, dtype=accumulated)
+        counts = counts.index_add(0, key_labels + 1, torch.ones_like(key_labels, dtype=accumulated))
+        counts[0] = 1
+        margin = None
+        if not self.count_anchor:  # a class without a row in the batch has one key, its prototype, and no anchor
+            margin = torch.where(counts > 1, counts / (counts - 1).clamp(min=1), 1.0)[1:].log().diag()
+        keys = torch.arange(rows + classes, device=embeddings.device)
+        return LF.contrastive_loss(
+            embeddings,
+            torch.cat([embeddings, prototypes]),
+            temperature=self.temperature,
+            labels=labels,
+            key_labels=key_labels,
+            allowed=keys[:rows, None] != keys,
+            key_bias=-counts.log()[key_labels + 1],
+            pair_margin=margin,
+            normalize=self.normalize,
+        )
+
+    def extra_repr(self) -> str:
+        return f"temperature={shown(self.temperature)}, {super().extra_repr()}, count_anchor={self.count_anchor}"
+
+
+class MACLLoss(ContrastiveLossModule):
+    r"""Model-aware contrastive loss: the better the views of a sample agree, the higher the temperature.
+
+    .. math:: \tau = \tau_0 \, (1 + \alpha (A - A_0)), \qquad L_i = \log \sum_{j \ne i, p_i} e^{s_{ij}} - s_{i p_i},
+        \qquad s_{ij} = \langle z_i, z_j \rangle / \tau
+
+    A is the mean cosine similarity of the positive pairs in the batch, a constant for the gradient. The authors weight
+    InfoNCE, :math:`-\log P_i`, by the constant :math:`1 / (1 - P_i)` in order not to lose its gradient. That gradient
+    is the one of the loss above, whose denominator has no positive; the values of the two differ. Huang et al.,
+    arXiv:2207.07874.
+
+    Args:
+        temperature: :math:`\tau_0 > 0`.
+        alpha: How much the temperature changes, in [0, 1].
+        threshold: :math:`A_0` in [0, 1]; ``alpha * (1 + threshold) <= 1``, which keeps the temperature positive.
+        layout: How two views are ordered, as in :class:`NTXentLoss`.
+
+    Raises ``ValueError`` or ``TypeError`` naming the argument that is out of range or of a wrong type.
+
+    Example::
+
+        >>> loss = MACLLoss()
+        >>> loss(torch.cat([network(first), network(second)])).backward()
+    """
+
+    def __init__(
+        self, temperature: float = 0.1, alpha: float = 0.5, threshold: float = 0.0, *, layout: str = "stacked"
+    ) -> None:
+        super().__init__(True, layout)
+        self.base_temperature = number("temperature", temperature, "> 0")
+        self.alpha = number("alpha", alpha, "in [0, 1]")
+        self.threshold = number("threshold", threshold, "in [0, 1]")
+        if self.alpha * (1 + self.threshold) > 1:
+            raise ValueError(f"alpha, threshold: expected alpha * (1 + threshold) <= 1, got {alpha} and {threshold}")
+
+    def forward(self, embeddings: Tensor, positive_index: Tensor | None = None) -> Tensor:
+        """The loss, a scalar: embeddings (M, D), normalised here; the positive of each row (M,), or two views."""
+        check_embeddings(embeddings, dims=(2,))
+        embeddings, _, positive_index = self._batch(embeddings, None, positive_index)
+        embeddings = directions(embeddings)
+        return LF.contrastive_loss(
+            embeddings,
+            temperature=self._temperature(embeddings.detach(), positive_index),
+            positive_index=positive_index,
+            denominator="negatives",
+        )
+
+    def _temperature(self, embeddings: Tensor, positive_index: Tensor) -> Tensor:
+        x = embeddings.to(torch.promote_types(embeddings.dtype, torch.float32))
+        # An index that is out of range gets its error from the loss, and no crash here.
+        positive = x[positive_index.clamp(0, x.shape[0] - 1)]
+        return self.base_temperature * (1 + self.alpha * ((x * positive).sum(1).mean() - self.threshold))
+
+    def extra_repr(self) -> str:
+        layout = super().extra_repr().removeprefix("normalize=True")
+        return f"temperature={self.base_temperature}, alpha={self.alpha}, threshold={self.threshold}{layout}"
+
+
+class ISogCLRLoss(ContrastiveLossModule):
+    r"""A temperature of each training sample that is learned by its own robust objective (iSogCLR).
+
+    With :math:`h_{ij} = \langle z_i, z_j \rangle - \langle z_i, z_{p_i} \rangle` over the n negatives j of a row i, the
+    objective of a sample is :math:`\tau \log \frac{1}{n} \sum_j e^{h_{ij} / \tau} + \tau \rho`, minimised over the
+    network and over :math:`\tau` in ``temperature_range``. Qiu et al., arXiv:2305.11965.
+
+    In training mode every call does the following for each sample of the batch, before it computes the loss:
+
+    1. :math:`g` is the mean of :math:`e^{h_{ij} / \tau}` over the negatives, and over both views.
+    2. :math:`s \leftarrow (1 - \gamma) s + \gamma g`; when the sample comes for the first time :math:`s \leftarrow g`.
+    3. The gradient of the temperature, averaged over both views, is :math:`G = \log s + \rho - \frac{1}{n} \sum_j
+       (e^{h_{ij} / \tau} / s) \, h_{ij} / \tau`.
+    4. :math:`v \leftarrow (1 - \beta) v + \beta \, \mathrm{clip}(G, -c, c)` and :math:`\tau \leftarrow
+       \mathrm{clip}(\tau - \eta v, \tau_{\min}, \tau_{\max})`. The loss of this call still has the old :math:`\tau`.
+
+    The loss is the mean over rows of :math:`\frac{1}{n} \sum_j (e^{h_{ij} / \tau} / s) \, h_{ij}`, whose weights are
+    constants: its gradient is that of the objective with the moving average s in the place of the batch's own mean, so
+    that small batches do not bias it. Its value says little. In evaluation mode no state changes.
+
+    Args:
+        num_samples: Size of the training set.
+        rho: :math:`\rho \ge 0`; the greater, the lower the temperatures.
+        temperature: First temperature of every sample.
+        temperature_range: :math:`(\tau_{\min}, \tau_{\max})`, positive.
+        gamma: Weight of the batch in the moving average, in [0, 1], not 0.
+        learning_rate: :math:`\eta \ge 0` of the temperatures; 0 gives SogCLR, with one constant temperature.
+        beta: Weight of the batch in the averaged gradient v, in [0, 1], not 0.
+        gradient_clip: c, positive.
+        layout: How two views are ordered, as in :class:`NTXentLoss`.
+
+    State, in buffers of ``num_samples`` numbers, saved and float32 at least: ``temperature``, ``log_average`` (log s;
+    -inf: not seen yet) and ``averaged_gradient`` (v). A batch should have a sample only once. Each process keeps its
+    own state: with several, gather embeddings and indices first, so that all of them do the same updates.
+
+    Raises:
+        ValueError: a value out of range, wrong shapes, fewer than two samples, a number of a sample out of range.
+        TypeError: a wrong type or dtype.
+
+    Example::
+
+        >>> loss = ISogCLRLoss(len(dataset), rho=0.3)
+        >>> for first, second, index in loader:
+        ...     loss(torch.cat([network(first), network(second)]), index).backward()
+    """
+
+    temperature: Tensor
+    log_average: Tensor
+    averaged_gradient: Tensor
+
+    def __init__(
+        self,
+        num_samples: int,
+        rho: float,
+        *,
+        temperature: float = 0.1,
+        temperature_range: tuple[float, float] = (0.05, 1.0),
+        gamma: float = 0.9,
+        learning_rate: float = 0.01,
+        beta: float = 0.9,
+        gradient_clip: float = 5.0,
+        layout: str = "stacked",
+    ) -> None:
+        super().__init__(True, layout)
+        self.num_samples = integer("num_samples", num_samples, minimum=1)
+        self.rho = number("rho", rho, ">= 0")
+        low, high = (number("temperature_range", x, "> 0") for x in temperature_range)
+        if not low <= number("temperature", temperature, "> 0") <= high:
+            raise ValueError(f"temperature: expected a number in the range ({low}, {high}), got {temperature}")
+        self.temperature_range = (low, high)
+        self.gamma, self.beta = number("gamma", gamma, "in [0, 1]"), number("beta", beta, "in [0, 1]")
+        for name in ("gamma", "beta"):
+            number(name, getattr(self, name), "> 0")
+        self.learning_rate = number("learning_rate", learning_rate, ">= 0")
+        self.gradient_clip = number("gradient_clip", gradient_clip, "> 0")
+        self.register_buffer("temperature", torch.full((num_samples,), float(temperature)))
+        self.register_buffer("log_average", torch.full((num_samples,), -torch.inf))
+        self.register_buffer("averaged_gradient", torch.zeros(num_samples))
+
+    def forward(self, embeddings: Tensor, index: Tensor) -> Tensor:
+        """The loss, a scalar.
+
+        Args:
+            embeddings: (2 B, D) of any floating dtype, two views of B samples in the module's ``layout``; normalised
+                here.
+            index: (B,) the samples: integers below ``num_samples``.
+        """
+        check_embeddings(embeddings, dims=(2,))
+        embeddings, _, positive_index = self._batch(embeddings, None)
+        rows, negatives = embeddings.shape[0], embeddings.shape[0] - 2
+        if not negatives:
+            raise ValueError("embeddings: expected two views of at least two samples, got one sample")
+        row_samples = self._rows("index", index, rows)
+        if index.shape[0] == rows:
+            raise ValueError(f"index: expected shape ({rows // 2},), one number for both views, got ({rows},)")
+        check_index(index, self.num_samples)
+        embeddings, temperature = directions(embeddings), self.temperature[row_samples]
+        options = {"temperature": temperature, "positive_index": positive_index, "denominator": "negatives"}
+        with torch.no_grad():
+            _, stats = LF.contrastive_loss(embeddings.detach(), **options, reduction="none", return_stats=True)
+            log_mean = stats.logsumexp - stats.positive - math.log(negatives)
+            average = self._moving_average(self.log_average[index], log_mean)
+            row_average = self._spread(average)
+            weighted = (log_mean - row_average).exp() * (stats.expected - stats.positive)
+            gradient = average + self.rho - self._views(weighted).mean(0)
+            if self.training:
+                self._update(index, average, gradient)
+        return LF.contrastive_loss(embeddings, **options, log_normalizer=row_average + math.log(negatives))
+
+    def _views(self, x: Tensor) -> Tensor:
+        """(2 B,) numbers of rows as (2, B)."""
+        return x.view(2, -1) if self.layout == "stacked" else x.view(-1, 2).T
+
+    def _moving_average(self, old: Tensor, log_mean: Tensor) -> Tensor:
+        """log s of the samples of the batch, (B,), from the rows' log g."""
+        new = torch.logsumexp(self._views(log_mean), 0) - math.log(2)
+        kept = math.log1p(-self.gamma) if self.gamma < 1 else -math.inf
+        moved = torch.logaddexp(old.to(new.dtype) + kept, new + math.log(self.gamma))
+        return torch.where(old == -torch.inf, new, moved)
+
+    def _update(self, index: Tensor, average: Tensor, gradient: Tensor) -> None:
+        dtype = self.temperature.dtype
+        step = gradient.to(dtype).clamp(-self.gradient_clip, self.gradient_clip)
+        step = torch.lerp(self.averaged_gradient[index], step, self.beta)
+        temperature = (self.temperature[index] - self.learning_rate * step).clamp(*self.temperature_range)
+        self.log_average[index] = average.to(dtype)
+        self.averaged_gradient[index] = step
+        self.temperature[index] = temperature
+
+    def extra_repr(self) -> str:
+        names = ("num_samples", "rho", "temperature_range", "gamma", "learning_rate", "beta", "gradient_clip")
+        layout = super().extra_repr().removeprefix("normalize=True")
+        return ", ".join(f"{name}={getattr(self, name)}" for name in names) + layout
+
+
+class MoCoLoss(ContrastiveLossModule):
+    r"""Momentum contrast: every query has its own key as positive, and a queue of the keys of earlier batches.
+
+    .. math:: L_i = \log\Bigl(e^{s_{ii}} + \sum_{j \in \text{queue}} e^{s_{ij}}\Bigr) - s_{ii}, \qquad
+        s_{ij} = \langle q_i, k_j \rangle / \tau
+
+    averaged over the batch. He et al., arXiv:1911.05722. With labels the keys of the queue that have the row's label
+    are positives too, as in supervised contrastive learning: the second term is the mean over all positives.
+
+    The queue changes only in :meth:`enqueue`. Call it after ``backward()``: the gradient needs the queue as it was, and
+    autograd raises an error if it has changed. It is first in, first out; a batch need not divide its size. It starts
+    with random directions, as the authors' does, with label -1.
+
+    Args:
+        width: D.
+        size: Keys in the queue; at least the number of keys in a batch.
+        temperature: :math:`\tau > 0`: a number, or a tensor or ``nn.Parameter`` of shape ().
+        normalize: Divide queries and keys by their length first; the queue then holds keys of length 1.
+        dtype: Of the queue. It stays under ``.half()`` and ``.to(dtype)``: queries and keys are converted to it.
+
+    State, in buffers that are saved: ``queue`` (size, D), ``queue_labels`` (size,) int64 and ``pointer``, the next
+    place to write to. With several processes gather the keys before :meth:`enqueue`, so that all queues stay the same.
+
+    Raises:
+        ValueError: a value out of range, wrong shapes, more keys than the queue holds.
+        TypeError: a wrong type or dtype.
+
+    Example::
+
+        >>> loss = MoCoLoss(width=128, size=65536, temperature=0.07)
+        >>> key = momentum_network(second)
+        >>> loss(network(first), key).backward()
+        >>> loss.enqueue(key)
+    """
+
+    temperature: float | Tensor
+    queue: Tensor
+    queue_labels: Tensor
+    pointer: Tensor
+
+    def __init__(
+        self,
+        width: int,
+        size: int = 65536,
+        temperature: float | Tensor = 0.07,
+        normalize: bool = True,
+        *,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__(normalize)
+        width, size = integer("width", width, minimum=1), integer("size", size, minimum=1)
+        if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise TypeError(f"dtype: expected a floating dtype, got {dtype}")
+        self._set_temperature(temperature)
+        self.register_buffer("queue", directions(torch.randn(size, width)).to(dtype))
+        self.register_buffer("queue_labels", torch.full((size,), -1))
+        self.register_buffer("pointer", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, query: Tensor, key: Tensor, labels: Tensor | None = None) -> Tensor:
+        """The loss, a scalar, with a gradient to ``query`` only.
+
+        Args:
+            query: (M, D) of any floating dtype.
+            key: (M, D) of any floating dtype: row i is the positive of query i.
+            labels: (M,) integers from -1 on, of which -1 has no further positives in the queue.
+        """
+        query, key = self._entry("query", query), self._entry("key", key.detach() if isinstance(key, Tensor) else key)
+        return LF.contrastive_loss(
+            query,
+            self.queue,
+            temperature=self.temperature,
+            labels=labels,
+            key_labels=None if labels is None else self.queue_labels,
+            extra_positive=key,
+        )
+
+    @torch.no_grad()
+    def enqueue(self, key: Tensor, labels: Tensor | None = None) -> None:
+        """Put keys (B, D), and their labels (B,) or -1, in the place of the oldest ones."""
+        key = self._entry("key", key)
+        count, size = key.shape[0], self.queue.shape[0]
+        if count > size:
+            raise ValueError(f"key: expected at most {size} keys, the size of the queue, got {count}")
+        if labels is None:
+            labels = self.queue_labels.new_full((count,), -1)
+        _check_labels(labels, count, None)
+        place = (self.pointer + torch.arange(count, device=self.pointer.device)) % size
+        self.queue.index_copy_(0, place, key)
+        self.queue_labels.index_copy_(0, place, labels.long())
+        self.pointer.add_(count).remainder_(size)
+
+    def _entry(self, name: str, x: Tensor) -> Tensor:
+        """Embeddings in the form of the queue."""
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            raise TypeError(f"{name}: expected a floating Tensor, got {kind_of(x)}")
+        if x.dim() != 2 or x.shape[1] != self.queue.shape[1]:
+            raise ValueError(f"{name}: expected shape (M, {self.queue.shape[1]}), got {tuple(x.shape)}")
+        x = x.to(torch.promote_types(x.dtype, self.queue.dtype))
+        return (directions(x) if self.normalize else x).to(self.queue.dtype)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MoCoLoss:
+        def moved(tensor: Tensor) -> Tensor:
+            new = fn(tensor)
+            return new if new.dtype == tensor.dtype else tensor.to(new.device)
+
+        queue = moved(self.queue)
+        super()._apply(fn, recurse)
+        self.queue = queue
+        return self
+
+    def extra_repr(self) -> str:
+        size, width = self.queue.shape
+        queue = f"width={width}, size={size}, temperature={shown(self.temperature)}, dtype={self.queue.dtype}"
+        return f"{queue}, {super().extra_repr()}"
+
+
+def _check_like(name: str, x: Tensor, embeddings: Tensor) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: expected a Tensor, got {type(x).__name__}")
+    width = embeddings.shape[1]
+    if x.dim() != 2 or x.shape[1] != width or not x.shape[0]:
+        raise ValueError(f"{name}: expected shape (C, {width}) with C > 0, got {tuple(x.shape)}")
+    if x.dtype != embeddings.dtype:
+        raise TypeError(f"{name}: expected dtype {embeddings.dtype} like embeddings, got {x.dtype}")
+
+
+def _check_labels(labels: Tensor, rows: int, classes: int | None) -> None:
+    if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.dtype == torch.bool:
+        raise TypeError(f"labels: expected an integer Tensor, got {kind_of(labels)}")
+    if labels.shape != (rows,):
+        raise ValueError(f"labels: expected shape ({rows},), got {tuple(labels.shape)}")
+    if is_compiling() or type(labels) is not Tensor or not labels.is_cpu:
+        return
+    bad = (labels < -1) | (labels >= classes) if classes is not None else labels < -1
+    if bad.any():
+        expected = "from -1 on" if classes is None else f"from -1 to {classes - 1}"
+        raise ValueError(f"labels: expected labels {expected}, got {int(labels[bad][0])}")
