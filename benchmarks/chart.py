@@ -1,8 +1,8 @@
-"""The bar charts of the reports: times faster on the left, what else was promised on the right."""
+"""The bar charts of the reports: times faster on the left, what else was promised on the right. And other plots."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import matplotlib
@@ -32,6 +32,16 @@ LINEAR_BARS = {
     "liger": ("Liger-Kernel fused", VERMILION),
     "cut": ("cut-cross-entropy", PURPLE),
 }
+# Beside the variant of ours that computes the same.
+CONTRASTIVE_BARS = {
+    "eager": ("eager torch", ORANGE, "ours"),
+    "eager-compiled": ("torch.compile", GREY, "ours"),
+    "simclr-lt": ("SimCLR-LT's formula", SKY, "ours"),
+    "pml-ntxent": ("pytorch-metric-learning NTXentLoss", GREEN, "ours-scalar"),
+    "lightly": ("lightly NTXentLoss", VERMILION, "ours-scalar"),
+    "pml-supcon": ("pytorch-metric-learning SupConLoss", PURPLE, "ours-supcon"),
+    "inf-cl": ("Inf-CL", BLACK, "ours-cross"),
+}
 
 
 def draw(results: Results, path: Path) -> None:
@@ -40,6 +50,7 @@ def draw(results: Results, path: Path) -> None:
         "margin": ("margin_cross_entropy, forward + backward, float32", (8, 5), _speedups, _traffic),
         "auxiliary": ("auxiliary_cross_entropy, forward + backward", (8, 5), _over_dense, _over_plain),
         "linear": ("linear_margin_cross_entropy, forward + backward, float32", (7, 6), _over_linear, _linear_memory),
+        "contrastive": ("contrastive_loss, forward + backward, float32", (7, 5), _over_peers, _rates),
     }[results.family]
     with plt.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
         figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.4), layout="constrained", width_ratios=widths)
@@ -153,7 +164,94 @@ def _linear_memory(axes: Axes, results: Results) -> None:
         axes.legend(frameon=False, fontsize=8, ncols=2, loc="upper left")
 
 
+# --------------------------------------------------------------------------------------------------------- contrastive
+
+
+def _over_peers(axes: Axes, results: Results) -> None:
+    shapes = results.shapes()
+    values = {
+        name: [results.ratio(shape, *CASE, name, same) for shape in shapes]
+        for name, (_, _, same) in CONTRASTIVE_BARS.items()
+    }
+    bars = {name: bar[:2] for name, bar in CONTRASTIVE_BARS.items() if any(values[name])}
+    wanted = targets.CONTRASTIVE_SPEEDUPS if targets.targets(results) else {}
+    marks = {name: [wanted.get(shape, {}).get(name) for shape in shapes] for name in bars}
+    axes.set_yscale("log")
+    _grouped(axes, bars, values, marks)
+    axes.axhline(1, color=BLACK, linewidth=0.8, linestyle=":")
+    label = "time of the other / time of ltkernels doing the same"
+    axes.set(title="Times faster", ylabel=label, xlabel="M x D")
+    _ticks(axes, shapes)
+    axes.margins(y=0.5)
+    if bars:
+        axes.legend(frameon=False, fontsize=8, ncols=2, loc="upper left")
+
+
+def _rates(axes: Axes, results: Results) -> None:
+    shapes = [shape for shape in results.shapes() if targets.product_rate(results, shape, "float32")]
+    shares = {name: [targets.share_of_product(results, s, "float32", name) for s in shapes] for name in BARS}
+    bars = {name: bar for name, bar in BARS.items() if any(shares[name])}
+    wanted = targets.SHARE_OF_PRODUCT if targets.targets(results) else None
+    marks = {"ours": [wanted if shape == targets.PRODUCT_SHAPE else None for shape in shapes]}
+    _grouped(axes, bars, shares, marks, form="{:.2f}")
+    axes.axhline(1, color=BLACK, linewidth=0.8, linestyle=":")
+    axes.set(title="Rate, counting 6 M\u00b2 D operations", ylabel="over that of a matrix product", xlabel="M x D")
+    _ticks(axes, shapes)
+    axes.margins(y=0.3)
+    if bars:
+        axes.legend(frameon=False, fontsize=8, ncols=2, loc="upper left")
+
+
+def draw_scaling(results: Results, path: Path) -> None:
+    """Time and peak memory over M, at the D that has most shapes; float32, and ours in bfloat16 too."""
+    widths = [shape.split("x")[1] for shape in results.shapes()]
+    width = max(dict.fromkeys(widths), key=widths.count)
+    lines = {("float32", name): bar[:2] for name, bar in ({"ours": BARS["ours"]} | CONTRASTIVE_BARS).items()}
+    lines["bfloat16", "ours"] = ("ltkernels, bfloat16", BLUE)
+    with plt.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
+        figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.4), layout="constrained", sharex=True)
+        figure.suptitle(f"contrastive_loss, forward + backward, D = {width} - {results.machine['name']}")
+        for axes, what, unit in ((left, "median_s", 1e3), (right, "peak_memory_bytes", 1e-6)):
+            _lines(axes, results, width, lines, what, unit)
+        left.set(title="Time", ylabel="ms")
+        right.set(title="Peak memory beyond inputs and gradients", ylabel="MB")
+        handles, labels = left.get_legend_handles_labels()
+        rows, of = targets.CONTRASTIVE_MEMORY_SHAPE.split("x")
+        if targets.targets(results) and of == width and targets.CONTRASTIVE_MEMORY_SHAPE in results.shapes():
+            place = [int(rows)], [targets.CONTRASTIVE_MEGABYTES]
+            handles += right.plot(*place, "_", color=BLACK, markersize=18, markeredgewidth=2)
+            labels.append("target: at most")
+        if handles:
+            figure.legend(handles, labels, frameon=False, fontsize=8, loc="outside right center")
+        figure.savefig(path, dpi=110)
+        plt.close(figure)
+
+
+PLOTS: dict[str, dict[str, tuple[Callable[[Results, Path], None], str]]] = {
+    "contrastive": {"scaling": (draw_scaling, "Time and memory over the number of rows")}
+}
+
+
 # --------------------------------------------------------------------------------------------------------------- parts
+
+
+def _lines(
+    axes: Axes, results: Results, width: str, lines: dict[tuple[str, str], tuple[str, str]], what: str, unit: float
+) -> None:
+    """A line for each dtype and variant over M, both axes logarithmic."""
+    counts = sorted(int(rows) for rows, d in (shape.split("x") for shape in results.shapes()) if d == width)
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    for (dtype, name), (label, color) in lines.items():
+        found = [results.variant(f"{rows}x{width}", dtype, "upstream1", name) or {} for rows in counts]
+        there = [(rows, one[what] * unit) for rows, one in zip(counts, found, strict=True) if one.get(what)]
+        if there:
+            style = "-" if dtype == "float32" else "--"
+            axes.plot(*zip(*there, strict=True), style, marker="o", markersize=4, color=color, label=label)
+    axes.set_xticks(counts, map(str, counts))
+    axes.minorticks_off()
+    axes.grid(alpha=0.3)
+    axes.set(xlabel="M")
 
 
 def _grouped(

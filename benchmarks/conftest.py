@@ -115,6 +115,9 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
         triton=_version("triton") if device == "cuda" else None,
         liger_kernel=_version("liger-kernel") if device == "cuda" else None,
         cut_cross_entropy=_version("cut-cross-entropy") if device == "cuda" else None,
+        inf_cl=_version("inf-cl") if device == "cuda" else None,
+        pytorch_metric_learning=_version("pytorch-metric-learning"),
+        lightly=_version("lightly"),
         date=datetime.now(UTC).strftime("%Y-%m-%d"),
         quick=config.option.quick,
     )

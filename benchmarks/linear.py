@@ -5,10 +5,8 @@ Shapes are N x D x C: N samples with D features, C classes.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cache
 from typing import Any
 
 import torch
@@ -16,14 +14,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import ltkernels.functional as LF
+from benchmarks import variants
 from benchmarks.interleave import Effort
-from benchmarks.problems import DTYPES, Case, Problem, long_tail, one_thread, random_matrix
-from benchmarks.variants import Family, Step, Variant, by_name
+from benchmarks.problems import Case, Problem, long_tail, random_matrix
+from benchmarks.variants import Family, Variant, by_name
 from ltkernels import margins
 
 SHAPES = ("256x2048x8142", "2048x512x8142", "4096x512x50304")
 LONG = 2e11  # floating-point operations of a pass from which it takes seconds on a CPU
-SLOW = 6.0  # times as long in bfloat16 as in float32
 
 
 def ours(x: Tensor, weight: Tensor, target: Tensor, bias: Tensor, reduction: str) -> Tensor:
@@ -79,8 +77,9 @@ VARIANTS = by_name(
         _variant("eager-compiled", eager, compiled=True),
         _variant("torch", torch_whole),
         _variant("torch-chunked", torch_chunked),
-        _variant("liger", liger, package="liger_kernel"),
-        _variant("cut", cut, package="cut_cross_entropy", dtypes=("bfloat16",)),  # it takes 16-bit types only
+        _variant("liger", liger, package="liger_kernel", gpu_only=True),
+        # It takes 16-bit types only.
+        _variant("cut", cut, package="cut_cross_entropy", gpu_only=True, dtypes=("bfloat16",)),
     )
 )
 
@@ -176,25 +175,8 @@ class Products:
         torch.mm(self._logits.T, self._x, out=self._gradients[1])
 
 
-@cache
 def slow_in_bfloat16(name: str) -> bool:
-    """Whether a variant takes much longer on this CPU in bfloat16 than in float32, tried out on a small case.
-
-    By the processor time of one thread, which other processes do not change.
-    For processors without bfloat16 arithmetic torch multiplies such matrices by a loop that takes up to a hundred
-    times as long. What turns to float32 for the products is measured, the rest would take the whole time there is.
-    """
-    variant = VARIANTS[name.removesuffix("-compiled")]
-    seconds = []
-    for dtype in DTYPES:
-        case = Case("64x512x1024", dtype, "upstream1", "linear")
-        step = Step(variant, case, LinearProblem(case), variant.loss)
-        with one_thread():
-            step.run()
-            start = time.thread_time()
-            step.run()
-            seconds.append(time.thread_time() - start)
-    return seconds[1] > SLOW * seconds[0]
+    return variants.slow_in_bfloat16(VARIANTS[name.removesuffix("-compiled")], LinearProblem, "64x512x1024", "linear")
 
 
 def _operations(case: Case) -> int:

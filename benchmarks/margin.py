@@ -62,7 +62,7 @@ VARIANTS = by_name(
         Variant("ours-compiled", ours, compiled=True),
         Variant("eager", eager, rounds=True),
         Variant("eager-compiled", eager, rounds=True, compiled=True),
-        Variant("liger", liger, rounds=True, package="liger_kernel"),
+        Variant("liger", liger, rounds=True, package="liger_kernel", gpu_only=True),
         Variant("ldam-ours", ldam_ours, "ldam", ("cosines",), ("margin",)),
         Variant("ldam-authors", ldam_authors, "ldam", ("cosines",), ("margin",)),
     )

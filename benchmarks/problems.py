@@ -21,7 +21,10 @@ CHUNK = 1 << 16  # float64 elements that are compared at a time: the temporaries
 
 @dataclass(frozen=True)
 class Case:
-    """One row of the results: a shape, a dtype and an upstream gradient. The shape begins with N and ends with C."""
+    """One row of the results: a shape, a dtype and an upstream gradient. The shape begins with N.
+
+    It ends with C, except where rows are compared with each other.
+    """
 
     shape: str
     dtype: str
@@ -41,7 +44,8 @@ class Case:
 
     @property
     def classes(self) -> int:
-        return self.sizes[-1]
+        """Columns of the logits."""
+        return self.rows if self.family == "contrastive" else self.sizes[-1]
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -86,7 +90,10 @@ class Problem(ABC):
 
     @abstractmethod
     def roofline(self) -> dict[str, Any]:
-        """Steps that do as much, by name."""
+        """Steps that do as much, or as much as ``roofline_work`` says, by name."""
+
+    def roofline_work(self) -> float:
+        return self.work()
 
     def info(self, inputs: Sequence[str]) -> dict[str, Any]:
         """What else is to be recorded about a variant that takes these inputs."""

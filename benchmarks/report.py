@@ -13,13 +13,18 @@ import argparse
 import sys
 from pathlib import Path
 
-from benchmarks import report_auxiliary, report_linear, report_margin
+from benchmarks import report_auxiliary, report_contrastive, report_linear, report_margin
 from benchmarks.results import Results, ResultsError, load
 from benchmarks.tables import number
 from benchmarks.targets import targets
 
 RESULTS = Path(__file__).parent / "results"
-REPORTS = {"margin": report_margin, "auxiliary": report_auxiliary, "linear": report_linear}
+REPORTS = {
+    "margin": report_margin,
+    "auxiliary": report_auxiliary,
+    "linear": report_linear,
+    "contrastive": report_contrastive,
+}
 
 
 def markdown(results: Results) -> str:
@@ -42,21 +47,25 @@ def file_name(family: str, name: str) -> str:
 
 
 def write(results: Results, name: str, out: Path) -> list[Path]:
-    """Writes the family's .json, .md and, where matplotlib is installed, .png."""
+    """Writes the family's .json, .md and, where matplotlib is installed, .png and its plots, NAME-PLOT.png."""
     out.mkdir(parents=True, exist_ok=True)
     name = file_name(results.family, name)
-    files = [out / f"{name}.{suffix}" for suffix in ("json", "md", "png")]
+    files = [out / f"{name}.{suffix}" for suffix in ("json", "md")]
     results.save(files[0])
+    pictures = ""
     try:
-        from benchmarks.chart import draw
+        from benchmarks.chart import PLOTS, draw
     except ImportError as error:
         print(f"No bar chart: {error}. Install matplotlib for it.", file=sys.stderr)
-        files.pop()
     else:
-        draw(results, files[2])
-    picture = f"\n![The main results as bars]({name}.png)\n" if len(files) == 3 else ""
+        drawn = {f"{name}.png": (draw, "The main results as bars")}
+        drawn |= {f"{name}-{plot}.png": one for plot, one in PLOTS.get(results.family, {}).items()}
+        for file, (picture, text) in drawn.items():
+            picture(results, out / file)
+            files.append(out / file)
+            pictures += f"\n![{text}]({file})\n"
     head, _, rest = markdown(results).partition("\n## ")
-    files[1].write_text(f"{head}{picture}\n## {rest}")
+    files[1].write_text(f"{head}{pictures}\n## {rest}")
     return files
 
 

@@ -13,7 +13,7 @@ HOW_TO_MEASURE = "Measure first: pytest benchmarks --benchmark-only --benchmark-
 # What all variants of a case share, and what is one variant's own.
 _SHARED = (
     *("shape", "dtype", "upstream", "bytes", "clone_fresh_gb_per_s", "clone_huge_gb_per_s", "copy_warm_gb_per_s"),
-    *("products_gflop_per_s", "pairs", "map"),
+    *("products_gflop_per_s", "mm_nn_gflop_per_s", "mm_nt_gflop_per_s", "mm_tn_gflop_per_s", "pairs", "map"),
 )
 _OWN = ("gb_per_s", "gflop_per_s", "peak_memory_bytes", "map_bytes", "loss_error", "gradient_error")
 _STATS = {"median": "median_s", "min": "min_s", "iqr": "iqr_s", "rounds": "rounds"}

@@ -8,6 +8,15 @@ from benchmarks.results import Results
 from benchmarks.targets import targets
 
 NOISY = 0.2  # interquartile range over median
+# What the machine's description calls them.
+PACKAGES = {
+    "Triton": "triton",
+    "Liger-Kernel": "liger_kernel",
+    "cut-cross-entropy": "cut_cross_entropy",
+    "pytorch-metric-learning": "pytorch_metric_learning",
+    "lightly": "lightly",
+    "Inf-CL": "inf_cl",
+}
 
 
 def table(head: list[str], rows: Iterable[list[str]]) -> str:
@@ -51,8 +60,7 @@ def head(results: Results, title: str, what: str) -> str:
     """The title, where and when, and how it was measured; ``what`` comes after that."""
     m = results.machine
     where = m["name"] if m["device"] == "cuda" else f"{m['name']}, {m['cores']} cores ({m['cpu_capability']})"
-    packages = {"Triton": "triton", "Liger-Kernel": "liger_kernel", "cut-cross-entropy": "cut_cross_entropy"}
-    optional = {name: m.get(key) for name, key in packages.items()}
+    optional = {name: m.get(key) for name, key in PACKAGES.items()}
     versions = [f"torch {m['torch']}", *(f"{name} {v}" for name, v in optional.items() if v), f"Python {m['python']}"]
     pages = f" Transparent huge pages: {m['huge_pages']}." if m.get("huge_pages") and m["device"] == "cpu" else ""
     rounds = min(v["rounds"] for case in results.cases.values() for v in case["variants"].values())
@@ -87,7 +95,9 @@ def timings(results: Results, labels: Mapping[str, str], dtype: str, upstream: s
     return f"## Times: {title}\n\n{table([column, *(labels[name] for name in names)], rows)}"
 
 
-def memory(results: Results, labels: Mapping[str, str], upstreams: Mapping[str, str], column: str) -> str:
+def memory(
+    results: Results, labels: Mapping[str, str], upstreams: Mapping[str, str], column: str, matrix: str = "logits"
+) -> str:
     """A section with the peaks; ``upstreams`` names those that have one. Empty where none was measured."""
     cases = [case for (_, _, upstream), case in results.cases.items() if upstream in upstreams]
     cases = [case for case in cases if any("peak_memory_bytes" in v for v in case["variants"].values())]
@@ -101,7 +111,7 @@ def memory(results: Results, labels: Mapping[str, str], upstreams: Mapping[str, 
     ]
     if not rows:
         return ""
-    columns = [column, "dtype", *(["upstream"] if several else []), "logits", *(labels[name] for name in names)]
+    columns = [column, "dtype", *(["upstream"] if several else []), matrix, *(labels[name] for name in names)]
     return f"## Peak memory beyond inputs and returned gradients, MB\n\n{table(columns, rows)}"
 
 

@@ -21,6 +21,15 @@ OVER_EAGER = {"256x2048x8142": 1.0, "2048x512x8142": 0.8, "4096x512x50304": 1.0}
 OVER_TORCH_CHUNKED = 0.5
 LINEAR_MEMORY_SHAPE, SHARE_OF_LOGITS = "4096x512x50304", 1 / 8
 
+# Contrastive: times faster than eager torch and than torch.compile, the rate of 6 M^2 D operations over that of a
+# matrix product, peak memory.
+CONTRASTIVE_SPEEDUPS: dict[str, dict[str, float]] = {
+    "512x128": {"eager": 1.7},
+    "4096x128": {"eager": 4.0, "eager-compiled": 2.5},
+}
+PRODUCT_SHAPE, SHARE_OF_PRODUCT = "4096x512", 1.25
+CONTRASTIVE_MEMORY_SHAPE, CONTRASTIVE_MEGABYTES = "16384x128", 64.0
+
 CASE = ("float32", "upstream1")
 
 
@@ -49,7 +58,8 @@ def targets(results: Results) -> list[Target]:
     """Empty on a GPU: the promises are about the CPU kernels."""
     if results.machine.get("device") != "cpu":
         return []
-    return {"margin": _margin, "auxiliary": _auxiliary, "linear": _linear}[results.family](results)
+    found = {"margin": _margin, "auxiliary": _auxiliary, "linear": _linear, "contrastive": _contrastive}
+    return found[results.family](results)
 
 
 def _margin(results: Results) -> list[Target]:
@@ -94,6 +104,20 @@ def _linear(results: Results) -> list[Target]:
     return found
 
 
+def _contrastive(results: Results) -> list[Target]:
+    found = []
+    for shape, wanted in CONTRASTIVE_SPEEDUPS.items():
+        for name, times in wanted.items():
+            text = f"{shape}: faster than {'eager' if name == 'eager' else 'torch.compile'}"
+            found.append(Target(text, times, results.ratio(shape, *CASE, name, "ours")))
+    share = share_of_product(results, PRODUCT_SHAPE, "float32")
+    found.append(Target(f"{PRODUCT_SHAPE}: rate over that of a matrix product", SHARE_OF_PRODUCT, share))
+    peak = (results.variant(CONTRASTIVE_MEMORY_SHAPE, *CASE, "ours") or {}).get("peak_memory_bytes")
+    text = f"{CONTRASTIVE_MEMORY_SHAPE}: MB beyond inputs and gradients"
+    in_megabytes = None if peak is None else peak / 1e6
+    return [*found, Target(text, CONTRASTIVE_MEGABYTES, in_megabytes, at_most=True)]
+
+
 def large_shapes(results: Results) -> list[str]:
     def logits(shape: str) -> int:
         rows, classes = shape.split("x")
@@ -119,3 +143,20 @@ def share_of_logits(results: Results, shape: str, dtype: str, name: str) -> floa
     case = results.cases.get((shape, dtype, "upstream1"), {})
     peak = case.get("variants", {}).get(name, {}).get("peak_memory_bytes")
     return None if peak is None else peak / (case["bytes"] / 2)
+
+
+def product_rate(results: Results, shape: str, dtype: str) -> float | None:
+    """GFLOP/s of M x D by D x M in the best layout of the factors; on a CPU it is measured in float32 only."""
+    for of in (dtype, "float32"):
+        case = results.cases.get((shape, of, "upstream1"), {})
+        rates = [rate for layout in ("nn", "nt", "tn") if (rate := case.get(f"mm_{layout}_gflop_per_s"))]
+        if rates:
+            return max(rates)
+    return None
+
+
+def share_of_product(results: Results, shape: str, dtype: str, name: str = "ours") -> float | None:
+    """The rate of forward and backward, counting 6 M^2 D operations, over that of the matrix product."""
+    rate = (results.variant(shape, dtype, "upstream1", name) or {}).get("gflop_per_s")
+    product = product_rate(results, shape, dtype)
+    return rate / product if rate and product else None

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import cache
 from types import FunctionType
 
 import torch
 from torch import Tensor
 
 from benchmarks.interleave import Effort
-from benchmarks.problems import DTYPES, Case, Problem
+from benchmarks.problems import DTYPES, Case, Problem, one_thread
 
 
 @dataclass(frozen=True)
@@ -19,7 +21,7 @@ class Variant:
     """``loss(*leaves, target, *inputs, reduction)``; leaves, to which gradients flow, and inputs are the problem's.
 
     ``method`` names the definition that the variant has to equal; ``rounds``: it computes in the leaves' dtype.
-    ``package``: the optional one that it needs, and a GPU.
+    ``package``: the optional one that it needs; ``gpu_only``: it has no code for a CPU, or none worth comparing.
     """
 
     name: str
@@ -30,18 +32,20 @@ class Variant:
     compiled: bool = False
     rounds: bool = False
     package: str | None = None
+    gpu_only: bool = False
     dtypes: tuple[str, ...] = DTYPES
 
-    def tolerances(self, dtype: torch.dtype) -> tuple[float, float]:
-        """Largest relative error of loss and gradient that counts as right."""
+    def tolerances(self, dtype: torch.dtype, scale: float = 1.0) -> tuple[float, float]:
+        """Largest relative error of loss and gradient that counts as right; ``scale``: by what logits multiply it."""
         if self.rounds and dtype != torch.float32:
             return 5e-2, 5e-2  # bfloat16 logits near 10 are 0.03 apart: this is what users of plain torch get
-        return 1e-5, 1e-5 if dtype == torch.float32 else torch.finfo(dtype).eps
+        computed = 1e-5 * scale
+        return computed, computed if dtype == torch.float32 else max(computed, torch.finfo(dtype).eps)
 
     def runs_on(self, device: str) -> bool:
-        if self.package is None:
-            return True
-        return device == "cuda" and importlib.util.find_spec(self.package) is not None
+        if self.gpu_only and device != "cuda":
+            return False
+        return self.package is None or _importable(self.package)
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,7 @@ class Family:
     # (case, variant, device, quick): what is not worth its time.
     leave_out: Callable[[Case, Variant, str, bool], bool] = lambda case, variant, device, quick: False
     effort: Callable[[Case, Effort, str], Effort] = lambda case, effort, device: effort
+    tolerance: float = 1.0  # times what counts as right elsewhere
     # Both dtypes: inputs, exact gradients in float64, and what plain torch takes for a pass.
     bytes_per_logit: int = 72
 
@@ -79,6 +84,16 @@ class Family:
             and variant.runs_on(device)
             and not self.leave_out(case, variant, device, quick)
         ]
+
+
+@cache
+def _importable(package: str) -> bool:
+    """Installed, and so are the packages that it needs: some have been installed without them."""
+    try:
+        importlib.import_module(package)
+    except Exception:  # an extension of another torch may raise anything
+        return False
+    return True
 
 
 def by_name(variants: Iterable[Variant]) -> dict[str, Variant]:
@@ -104,7 +119,7 @@ class Step:
         inputs = [getattr(problem, name) for name in variant.inputs]
         if variant.rounds:
             # A float32 vector would turn the whole computation into float32.
-            inputs = [x.to(dtype) if isinstance(x, Tensor) and x.dim() == 1 else x for x in inputs]
+            inputs = [x.to(dtype) if _is_vector(x) else x for x in inputs]
         self._arguments = [*self.leaves, problem.target, *inputs, case.reduction]
         self._loss, self._upstream = loss, case.upstream
         self._row_upstream = {kind: problem.row_upstream.to(kind) for kind in (torch.float32, dtype)}
@@ -130,3 +145,30 @@ class Step:
         else:
             loss.backward(self._row_upstream[loss.dtype])
         return loss
+
+
+def _is_vector(x: object) -> bool:
+    return isinstance(x, Tensor) and x.dim() == 1 and x.is_floating_point()
+
+
+SLOW = 6.0  # times as long in bfloat16 as in float32
+
+
+@cache
+def slow_in_bfloat16(variant: Variant, problem: Callable[[Case], Problem], shape: str, family: str) -> bool:
+    """Whether a variant takes much longer on this CPU in bfloat16 than in float32, tried out on a small case.
+
+    By the processor time of one thread, which other processes do not change.
+    For processors without bfloat16 arithmetic torch multiplies such matrices by a loop that takes up to a hundred
+    times as long. What turns to float32 for the products is measured, the rest would take the whole time there is.
+    """
+    seconds = []
+    for dtype in DTYPES:
+        case = Case(shape, dtype, "upstream1", family)
+        step = Step(variant, case, problem(case), variant.loss)
+        with one_thread():
+            step.run()
+            start = time.thread_time()
+            step.run()
+            seconds.append(time.thread_time() - start)
+    return seconds[1] > SLOW * seconds[0]

@@ -38,10 +38,14 @@ SECONDS = {"ours": 1e-3, "eager": 4e-3, "eager-compiled": 2.45e-3, "ldam-ours": 
 AUXILIARY_SECONDS = {"ours": 1.1e-3, "plain": 1e-3, "dense": 5e-3, "dense-compiled": 4e-3, "dense-float64": 9e-3}
 LINEAR_SECONDS = {"ours": 0.7, "separate": 0.8, "eager": 0.7, "torch": 0.75, "torch-chunked": 1.5}
 LOGITS = 4096 * 50304 * 4
+CONTRASTIVE_SECONDS = {
+    "ours": 0.1, "eager": 0.39, "eager-compiled": 0.26, "simclr-lt": 0.6,
+    "ours-scalar": 0.08, "pml-ntxent": 4.0, "ours-supcon": 0.1, "pml-supcon": 0.7,
+}  # fmt: skip
 
 
-def benchmark(shape: str, dtype: str, variant: str, seconds: float) -> dict:
-    case = Case(shape, dtype, "upstream1")
+def benchmark(shape: str, dtype: str, variant: str, seconds: float, family: str = "margin") -> dict:
+    case = Case(shape, dtype, "upstream1", family)
     rate = case.bytes * 1e-9 / seconds
     return {
         "fullname": f"benchmarks/bench.py::test[{case}-{variant}]",
@@ -129,6 +133,27 @@ def other_families() -> list[dict]:
                 one["extra_info"] |= {"gflop_per_s": 40.0, "peak_memory_bytes": LOGITS // 8 if slower == 20 else None}
                 del one["extra_info"]["gb_per_s"]
                 found.append(one)
+    return found + contrastive_family()
+
+
+def contrastive_family() -> list[dict]:
+    """Without lightly; on a CPU without bfloat16 arithmetic, where only ours has bfloat16."""
+    found = []
+    for shape in ("512x128", "1024x128", "4096x128", "4096x512", "16384x128"):
+        rows, width = map(int, shape.split("x"))
+        for variant, seconds in CONTRASTIVE_SECONDS.items():
+            if (variant == "pml-ntxent" and rows > 512) or (rows > 4096 and variant not in ("ours", "eager")):
+                continue
+            for dtype in ("float32", "bfloat16") if variant == "ours" else ("float32",):
+                one = benchmark(shape, dtype, variant, seconds * rows**2 * width / (4096**2 * 128), "contrastive")
+                info = one["extra_info"]
+                info |= {"family": "contrastive", "peak_memory_bytes": None, "gflop_per_s": 12.88 / seconds}
+                if rows > 512:
+                    info["peak_memory_bytes"] = rows * 4_000 if variant == "ours" else 13 * rows**2
+                if dtype == "float32" and rows < 16384:
+                    info |= {"mm_nn_gflop_per_s": 90.0, "mm_nt_gflop_per_s": 100.0, "mm_tn_gflop_per_s": 80.0}
+                del info["gb_per_s"]
+                found.append(one)
     return found
 
 
@@ -151,6 +176,14 @@ def test_targets_of_the_other_families(raw_of_all):
     assert verdicts["4096x512x50304: time over that of F.linear and F.cross_entropy"] == "met"  # equal
     assert verdicts["4096x512x50304: time over that of F.linear_cross_entropy, chunked"] == "met"  # 14 of 30 s
     assert len(verdicts) == 7
+    verdicts = {target.text: target.verdict for target in targets(families["contrastive"])}
+    assert verdicts == {
+        "512x128: faster than eager": "met",
+        "4096x128: faster than eager": "**missed**",  # 3.9 of 4
+        "4096x128: faster than torch.compile": "met",  # 2.6 of 2.5
+        "4096x512: rate over that of a matrix product": "met",  # 128.8 over 100, the best layout
+        "16384x128: MB beyond inputs and gradients": "**missed**",  # 65.5 of 64
+    }
 
 
 def test_each_family_has_a_report_of_its_own(raw_of_all, tmp_path, capsys):
@@ -158,12 +191,21 @@ def test_each_family_has_a_report_of_its_own(raw_of_all, tmp_path, capsys):
     text = (tmp_path / "auxiliary-cpu.md").read_text()
     assert "| 4096 x 6012 | 1.1 ms ~ | 1 ms ~ | 1.10x | 4.55x | 3.64x | 8.18x |" in text
     assert "A map of 6,851 pairs, generated." in text and "| ltkernels | 0.127 |" in text and "| 145 |" in text
+    text = (tmp_path / "contrastive-cpu.md").read_text()
+    assert "| 4096 x 128 | 100 ms ~ | 3.90x | 2.60x | 6.00x |  | 7.00x |" in text
+    assert "| 512 x 128 | 1.56 ms ~ | 3.90x | 2.60x | 6.00x | 50.00x | 7.00x |" in text
+    assert "Not installed here, and left out: lightly." in text
+    assert "Not measured in bfloat16: eager torch, torch.compile, SimCLR-LT's formula, ltkernels, one temp" in text
+    assert "| 4096 x 128 | bfloat16 | 128.8 |  |  | 100.0 | 1.29 |" in text
+    assert "| 16384 x 128 | float32 | 1,073.7 | 65.5 | 3,489.7 |" in text
+    assert "![Time and memory over the number of rows](contrastive-cpu-scaling.png)" in text
+    assert (tmp_path / "contrastive-cpu-scaling.png").read_bytes().startswith(b"\x89PNG")
     text = (tmp_path / "linear-cpu.md").read_text()
     assert "| 4096 x 512 x 50304 | 14 s ~ | 1.00x |  | 0.93x | 0.47x | 0.88x |" in text
     assert "| 4096 x 512 x 50304 | float32 | 0.125 | 0.125 |" in text
     assert "Not measured in bfloat16: ltkernels, F.linear, then ltkernels, eager torch" in text
     assert "| 2048 x 512 x 8142 | float32 | 40.0 | 40.0 | 50.0 |" in text
-    for name in ("cpu", "auxiliary-cpu", "linear-cpu"):
+    for name in ("cpu", "auxiliary-cpu", "linear-cpu", "contrastive-cpu"):
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
         assert "## Targets: " in (tmp_path / f"{name}.md").read_text()
     assert "auxiliary" not in (tmp_path / "cpu.json").read_text()
@@ -257,9 +299,9 @@ VARIANTS = [(family, name) for family in FAMILIES.values() for name in family.va
 @pytest.mark.parametrize("family, name", VARIANTS, ids=[f"{family.name}-{name}" for family, name in VARIANTS])
 def test_variants_give_the_exact_answer(family, name, one_thread):
     variant = family.variants[name]
-    if variant.package is not None:
-        pytest.skip(f"{variant.package} needs a GPU")
-    shape = {"margin": "64x100", "auxiliary": "64x96", "linear": "600x16x1100"}[family.name]
+    if variant.package is not None and not variant.runs_on("cpu"):
+        pytest.skip(f"{variant.package} {'needs a GPU' if variant.gpu_only else 'is not installed'}")
+    shape = {"margin": "64x100", "auxiliary": "64x96", "linear": "600x16x1100", "contrastive": "64x16"}[family.name]
     for upstream in ("half", "none") if family.name == "margin" else ("upstream1",):
         case = Case(shape, "float32", upstream, family.name)
         problem = family.problem(case, "cpu", False)
