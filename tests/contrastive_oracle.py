@@ -83,7 +83,7 @@ def definition(arguments: dict) -> Results:
     loss, stats = reference.contrastive(query, key, temperature, *options, denominator, exclude_self, *tail)
     if is_logsumexp:
         return {"loss": loss}
-    return {"loss": loss} | dict(zip(("logsumexp", "positive", "row_loss", "expected"), stats, strict=True))
+    return {"loss": loss} | dict(zip(("logsumexp", "positive", "row_loss", "expected"), stats[:4], strict=True))
 
 
 def evaluate(function: Callable[[dict], Results], case: Case) -> Results:
@@ -179,7 +179,7 @@ def formulas(case: Case, absolute: bool = False) -> dict[str, np.ndarray]:
             elif kind == "own":
                 gap = lse[i] - s
                 row_loss[i] = (t * np.logaddexp(0.0, gap)).sum()
-                sigmoid = t / (1 + np.exp(-gap))
+                sigmoid = t * np.exp(-np.logaddexp(0.0, -gap))
                 share[i] = sigmoid.sum() * p
                 slope[i] = (share[i] + minus * sigmoid) / tau[i]
             else:
@@ -208,9 +208,8 @@ def formulas(case: Case, absolute: bool = False) -> dict[str, np.ndarray]:
     if rho is not None:
         drho = np.zeros_like(rho)
         for i in range(rows):
-            for j in range(keys):
-                if labels[i] >= 0 and key_labels[j] >= 0:
-                    drho[labels[i], key_labels[j]] += alpha[i] * share[i, j]
+            if labels[i] >= 0:
+                np.add.at(drho[labels[i]], key_labels[key_labels >= 0], alpha[i] * share[i, :keys][key_labels >= 0])
     results = {"loss": loss, "row_loss": row_loss, "logsumexp": lse, "positive": mean, "expected": expected}
     results |= {"dquery": dq if options.get("key") is not None else dq + dk, "dkey": dk, "dextra_positive": de}
     results |= {"dtemperature": alpha * per_tau, "dkey_bias": (alpha[:, None] * share)[:, :keys].sum(0)}
