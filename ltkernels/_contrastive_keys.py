@@ -294,9 +294,9 @@ class MoCoLoss(ContrastiveLossModule):
     averaged over the batch. He et al., arXiv:1911.05722. With labels the keys of the queue that have the row's label
     are positives too, as in supervised contrastive learning: the second term is the mean over all positives.
 
-    The queue changes only in :meth:`enqueue`. Call it after ``backward()``: the gradient needs the queue as it was, and
-    autograd raises an error if it has changed. It is first in, first out; a batch need not divide its size. It starts
-    with random directions, as the authors' does, with label -1.
+    The queue changes only in :meth:`enqueue`. Call it after ``backward()``: a backend may need the queue as it was for
+    the gradient, and autograd then raises an error if it has changed. It is first in, first out; a batch need not
+    divide its size. It starts with random directions, as the authors' does, with label -1.
 
     Args:
         width: D.
