@@ -84,7 +84,7 @@ def _triton_reason() -> str:
 
 
 def _report_device(device: str, reason: str) -> bool:
-    """Runs a small loss on the device, says which kernel served it and whether it agrees with the definition."""
+    """Runs small losses on the device, says which kernels served them and whether they agree with the definition."""
     import torch
 
     from ltkernels import _ops, functional, reference
@@ -92,14 +92,33 @@ def _report_device(device: str, reason: str) -> bool:
     if not _ops.uses_kernel(torch.empty(0, device=device)):
         print(f"{device:<10} the definition in plain torch: LTKERNELS_BACKEND=reference")
         return True
-    logits = torch.randn(8, 10, device=device, generator=torch.Generator(device).manual_seed(0)).requires_grad_()
+    generator = torch.Generator(device).manual_seed(0)
+    x = torch.randn(8, 16, device=device, generator=generator)
     target = torch.arange(8, device=device)
-    before = _ops.kernel_calls()
-    loss = functional.margin_cross_entropy(logits, target)
-    loss.backward()
+    positive, tau = target ^ 1, torch.full((8,), 0.5, device=device)
+    losses = (
+        (
+            lambda x: functional.margin_cross_entropy(x, target),
+            lambda x: reference.margin_softmax(x, target, *[None] * 10, 1.0, 1.0, -1, "mean", -100, 0.0)[0],
+        ),
+        (
+            lambda x: functional.contrastive_loss(x, temperature=tau, positive_index=positive),
+            lambda x: reference.contrastive(
+                x, None, tau, None, None, positive, *[None] * 6, reference.ALL, True, False, "mean"
+            )[0],
+        ),
+    )
+    before, agrees = _ops.kernel_calls(), True
+    for loss, definition in losses:
+        results = []
+        for function in (loss, definition):
+            leaf = x.clone().requires_grad_()
+            value = function(leaf)
+            value.backward()
+            results.append((value.detach(), leaf.grad))
+        agrees &= all(torch.allclose(*pair, rtol=1e-4, atol=1e-6) for pair in zip(*results, strict=True))
     ran = [name for name, count in _ops.kernel_calls().items() if count > before.get(name, 0)]
-    expected, _ = reference.margin_softmax(logits, target, *[None] * 10, 1.0, 1.0, -1, "mean", -100, 0.0)
-    agrees = bool(torch.allclose(loss, expected, rtol=1e-5)) and bool(ran)
+    agrees &= len(ran) >= len(losses)
     print(f"{device:<10} {', '.join(ran) or 'no kernel ran'} ({reason}): {'ok' if agrees else 'WRONG RESULT'}")
     return agrees
 

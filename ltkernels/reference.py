@@ -227,7 +227,7 @@ def contrastive(
         shift = (mean_positive + log_normalizer.to(acc))[:, None]
         mass = torch.where(summed & full[:, None], logits - shift, -torch.inf).exp().detach()
         mean_product = torch.where(positive, product, 0.0).sum(1) / count.clamp(min=1)
-        row_loss = torch.where(mass > 0, mass * (product - mean_product[:, None]), 0.0).sum(1)
+        row_loss = torch.where(mass != 0, mass * (product - mean_product[:, None]), 0.0).sum(1)
     elif denominator == OWN:
         counted = count > 0
         gap = torch.where(positive & full[:, None], lse[:, None] - s, -torch.inf)  # softplus(-inf) = 0
@@ -243,7 +243,7 @@ def contrastive(
 
     with torch.no_grad():
         p = torch.where(full[:, None], torch.softmax(logits, 1), 0.0)
-        expected = torch.where(p > 0, p * s, 0.0).sum(1)
+        expected = torch.where(p != 0, p * s, 0.0).sum(1)
         number = count if denominator < LOGSUMEXP else torch.ones_like(count)
         stats = torch.stack([lse, mean_positive, row_loss, expected, number.to(acc)]).detach()
     u = torch.ones_like(row_loss) if sample_weight is None else sample_weight.to(acc)

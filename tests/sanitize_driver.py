@@ -59,6 +59,54 @@ def call(rng: random.Random, rows: int, classes: int, dtype: torch.dtype) -> Non
     loss.sum().backward()
 
 
+def call_linear(rng: random.Random, rows: int, classes: int, dtype: torch.dtype) -> None:
+    """The same for the linear form, in chunks that do not divide the rows."""
+    features = torch.randn(rows, 5).to(dtype).requires_grad_()
+    classifier = torch.randn(classes, 5).to(dtype).requires_grad_()
+    cosine = rng.random() < 0.5
+    loss, _ = LF.linear_margin_cross_entropy(
+        features,
+        classifier,
+        torch.randint(classes, (rows,)),
+        linear_bias=None if cosine else torch.randn(classes, requires_grad=True),
+        cosine=cosine,
+        chunk_size=rng.choice(("auto", 1, 3, 64)),
+        logit_bias=torch.randn(classes, requires_grad=rng.random() < 0.5),
+        reduction=rng.choice(("none", "mean", "sum")),
+        return_stats=True,
+    )
+    loss.sum().backward()
+
+
+def call_contrastive(rng: random.Random, rows: int, keys: int, dtype: torch.dtype) -> None:
+    """The same for embeddings; ``keys`` is also their width."""
+    width, itself = keys % 19 + 1, rng.random() < 0.5
+    key = None if itself else torch.randn(keys, width).to(dtype).requires_grad_()
+    keys = rows if itself else keys
+    labels = rng.random() < 0.6 or itself and rows < 2
+    options = {
+        "sample_weight": torch.rand(rows, requires_grad=True) if rng.random() < 0.5 else None,
+        "key_bias": torch.randn(keys, requires_grad=True) if rng.random() < 0.4 else None,
+        "allowed": torch.rand(*rng.choice(((keys,), (rows, keys)))) < 0.7 if rng.random() < 0.4 else None,
+        "extra_positive": torch.randn(rows, width).to(dtype).requires_grad_() if rng.random() < 0.3 else None,
+        "denominator": rng.choice(("all", "own", "negatives")),
+        "reduction": rng.choice(("none", "mean", "sum")),
+    }
+    if labels:
+        options["labels"] = torch.randint(-1, 4, (rows,))
+        options["key_labels"] = None if itself else torch.randint(-1, 4, (keys,))
+        options["pair_margin"] = torch.randn(4, 4, requires_grad=True) if rng.random() < 0.4 else None
+    else:
+        index = torch.arange(rows)
+        options["positive_index"] = (index + 1) % rows if itself else index % keys
+    if options["denominator"] == "negatives" and rng.random() < 0.5:
+        options["log_normalizer"] = torch.full((rows,), 5.0)
+    query = torch.randn(rows, width).to(dtype).requires_grad_()
+    temperature = (torch.rand(rows) + 0.2).requires_grad_()
+    loss, _ = LF.contrastive_loss(query, key, temperature=temperature, return_stats=True, **options)
+    loss.sum().backward()
+
+
 def main() -> None:
     assert _build_info.description()["sanitize"], "this is not an instrumented build"
     rng = random.Random(0)
@@ -66,6 +114,10 @@ def main() -> None:
     for rows, classes, dtype in itertools.product(ROWS, CLASSES, DTYPES):
         for _ in range(8):
             call(rng, rows, classes, dtype)
+        call_linear(rng, rows, classes, dtype)
+        for _ in range(4):
+            call_contrastive(rng, rows, classes, dtype)
+    torch.ops.ltkernels.log_prior(torch.arange(1, 34), 1.0)
     print("clean:", ", ".join(sorted(_ops.kernel_calls())))
 
 

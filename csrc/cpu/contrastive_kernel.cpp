@@ -31,10 +31,10 @@ LTK_INLINE typename Simd<A>::Int load_labels(const int32_t* p) {
   }
 }
 
-// -1 in the lanes of keys that have the row's label and that the row sees.
+// -1 in the lanes of keys that have the row's label and that the row sees, NaN included.
 template <typename A>
 LTK_INLINE typename Simd<A>::Int positive_lanes(const Tile<A>& t, typename Simd<A>::Int label, Vec<A> x, int64_t j) {
-  return (load_labels<A>(t.key_label + j) == label) & (x > -kInfinity<A>);
+  return (load_labels<A>(t.key_label + j) == label) & (x != -kInfinity<A>);
 }
 
 template <typename A>
@@ -132,7 +132,7 @@ LTK_INLINE void for_each_positive(const Tile<A>& t, int64_t i, F f) {
   if (t.label[i] < 0) return;
   const A* x = t.x + i * t.stride;
   for (int64_t j = 0; j < t.keys; ++j) {
-    if (t.key_label[j] == t.label[i] && x[j] > -kInfinity<A>) f(j, x[j] * t.inverse_temperature[i]);
+    if (t.key_label[j] == t.label[i] && x[j] != -kInfinity<A>) f(j, x[j] * t.inverse_temperature[i]);
   }
 }
 

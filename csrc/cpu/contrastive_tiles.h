@@ -73,7 +73,7 @@ class ContrastiveTiles {
       allowed_row_stride_ = allowed_.dim() == 2 ? allowed_.stride(0) : 0;
       allowed_key_stride_ = allowed_.stride(-1);
     }
-    scratch_.resize(at::get_num_threads());
+    scratch_.resize(std::max(at::get_num_threads(), at::get_thread_num() + 1));
   }
 
   static constexpr at::ScalarType type() { return std::is_same_v<A, double> ? at::kDouble : at::kFloat; }
