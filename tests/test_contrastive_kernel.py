@@ -166,7 +166,7 @@ ANY["rows"] = st.integers(1, 140)
 ANY["width"] = st.integers(1, 40)
 
 
-@settings(max_examples=120)
+@settings(max_examples=80)
 @given(st.fixed_dictionaries(ANY).filter(possible), st.integers(0, 1000))
 def test_any_mixture(features: dict, seed: int) -> None:
     check(make_case(features, seed))

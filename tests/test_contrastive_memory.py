@@ -1,0 +1,76 @@
+"""Memory of the contrastive loss: the peak of resident memory of forward and backward, in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+
+import pytest
+from contrastive_oracle import KERNEL
+
+pytestmark = [
+    pytest.mark.skipif(sys.platform != "linux", reason="reads /proc"),
+    pytest.mark.skipif(not KERNEL, reason="the definition holds the matrix of similarities"),
+]
+
+MEMORY = """
+import ctypes, json, sys
+from pathlib import Path
+import torch, ltkernels.functional as LF
+
+torch.set_num_threads(2)
+ctypes.CDLL(None).mallopt(-3, 1 << 16)  # M_MMAP_THRESHOLD: what malloc keeps must not hide what is used
+
+def status(field):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field + ":"))
+
+def peak(rows, kind, width=16):
+    generator = torch.Generator().manual_seed(0)
+    z = torch.randn(rows, width, generator=generator).requires_grad_()
+    tau = torch.full((rows,), 0.5).requires_grad_()
+    options = {"labels": torch.randint(100, (rows,), generator=generator), "temperature": tau}
+    if kind == "two_sided":
+        options |= {"key": torch.randn(2 * rows, width).requires_grad_(), "key_labels": torch.arange(2 * rows) % 100}
+        options |= {"key_bias": torch.zeros(2 * rows).requires_grad_(), "allowed": torch.arange(2 * rows) % 9 > 0}
+    elif kind != "all":
+        options |= {"denominator": kind, "reduction": "none"}
+    Path("/proc/self/clear_refs").write_text("5")  # VmHWM := VmRSS
+    before = status("VmRSS")
+    loss, stats = LF.contrastive_loss(z, **options, return_stats=True)
+    loss.sum().backward()
+    return status("VmHWM") - before
+
+sizes, kinds = json.loads(sys.argv[1])
+for kind in kinds:
+    peak(300, kind)
+print(json.dumps({kind: [peak(rows, kind) for rows in sizes] for kind in kinds}))
+"""
+
+
+def peaks(run_python: Callable[..., str], sizes: list[int], kinds: list[str]) -> dict[str, list[int]]:
+    return json.loads(run_python("-c", MEMORY, json.dumps([sizes, kinds])))
+
+
+def check(found: dict[str, list[int]], sizes: list[int]) -> None:
+    """A few vectors of the size of the embeddings, and tiles: at most a small part of the matrix, and linear in M."""
+    for kind, bytes_used in found.items():
+        first, last = bytes_used[0], bytes_used[-1]
+        assert last < 0.05 * 4 * sizes[-1] ** 2, (kind, bytes_used)
+        # 20 vectors of 16 numbers a row (accumulators of each thread among them), and 2 MiB of tiles.
+        assert last < 20 * 16 * 4 * sizes[-1] + 2**21, (kind, bytes_used)
+        assert last - first < 1.5 * sizes[-1] / sizes[0] * max(first, 2**18), (kind, bytes_used)
+
+
+def test_memory_is_linear(run_python: Callable[..., str]) -> None:
+    sizes = [1024, 3072]
+    check(peaks(run_python, sizes, ["all", "own", "two_sided"]), sizes)
+
+
+@pytest.mark.slow
+@pytest.mark.large
+def test_memory_of_many_rows(run_python: Callable[..., str]) -> None:
+    """The similarities of 32768 rows would be 4 GiB."""
+    sizes = [1024, 8192, 32768]
+    check(peaks(run_python, sizes, ["all", "own"]), sizes)
