@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from benchmarks.contrastive import LARGEST, TEMPERATURE, TEMPERATURES
+from benchmarks.contrastive import LARGEST, TEMPERATURE, TEMPERATURES, WIDE
 from benchmarks.results import Results
 from benchmarks.tables import by_times, head, memory, present, rate, table, targets_table, time_of, times, timings
 from benchmarks.targets import CASE, product_rate, share_of_product
@@ -68,20 +68,21 @@ def _left_out(results: Results) -> str:
     missing = [name for name, peers in PACKAGES.items() if not found & set(peers) and not (cpu and name == "Inf-CL")]
     text = f" Not installed here, and left out: {', '.join(missing)}." if missing else ""
     if "pml-ntxent" in found:
-        text += " pytorch-metric-learning's NTXentLoss holds M^3 numbers, and is measured only where M is small"
-        text += ", in float32." if cpu else "."
+        text += " pytorch-metric-learning's NTXentLoss holds M^3 numbers, and is measured only where M is small."
     if not cpu:
         return (
             f"{text} {by_times(LARGEST)} is measured in bfloat16 only, without the losses that need most memory. "
             "Inf-CL contrasts the first views with the second ones only, as in CLIP, and multiplies in TF32: it is "
             "measured in bfloat16 only."
         )
-    text += " Where a pass in plain torch takes seconds, only ltkernels and eager torch are measured."
-    single, half = (present(results, LABELS, dtype) for dtype in ("float32", "bfloat16"))
-    slow = [LABELS[name] for name in single if name not in half and name != "pml-ntxent"]
-    if half and slow and not results.machine.get("quick"):
+    text += (
+        f" At {by_times(WIDE)} only ltkernels, eager torch and torch.compile are measured; where a pass in plain torch "
+        "takes seconds, ltkernels and eager torch."
+    )
+    half = present(results, LABELS, "bfloat16")
+    if half and "eager" not in half and not results.machine.get("quick"):
         text += (
-            f" Not measured in bfloat16: {', '.join(slow)}. On this processor they take more than six times as long "
+            " In bfloat16 only ltkernels is measured: on this processor eager torch takes more than six times as long "
             "as in float32, because torch multiplies bfloat16 matrices by a slow loop without arithmetic for them."
         )
     return text

@@ -85,6 +85,7 @@ def test_what_does_not_fit_is_left_out(monkeypatch):
     cpu = [name for name, variant in VARIANTS.items() if not variant.gpu_only]
     assert names("cpu", "512x128", "float32") == cpu and names("cpu", "512x128", "bfloat16") == ["ours"]
     assert names("cpu", "4096x128", "float32") == [name for name in cpu if name != "pml-ntxent"]
+    assert names("cpu", "4096x512", "float32") == ["ours", "eager", "eager-compiled"]
     assert names("cpu", "16384x128", "float32") == ["ours", "eager"]
     assert names("cpu", LARGEST, "bfloat16") == [] == names("cuda", LARGEST, "float32")
     assert {"ours", "eager", "ours-cross", "inf-cl"} <= set(names("cuda", LARGEST, "bfloat16"))
