@@ -49,7 +49,7 @@ def kernel_calls() -> dict[str, int]:
     """How often each kernel of the library has run in this process, by name."""
     calls = dict(torch.ops.ltkernels.kernel_calls())
     if _triton_loaded:
-        from ltkernels.triton.margin_softmax import kernel_calls as triton_calls
+        from ltkernels.triton._launch import kernel_calls as triton_calls  # of every module
 
         calls |= triton_calls
     return {name: count for name, count in calls.items() if count}
@@ -178,6 +178,14 @@ def _triton():
     return kernels
 
 
+def _contrastive_triton():
+    global _triton_loaded
+    from ltkernels.triton import contrastive as kernels
+
+    _triton_loaded = True
+    return kernels
+
+
 @torch.library.impl("ltkernels::margin_softmax_fwd", "CUDA")
 def _(*args):
     return _triton().margin_softmax_fwd(*args)
@@ -196,6 +204,16 @@ def _(*args):
 @torch.library.impl("ltkernels::margin_softmax_scale_", "CUDA")
 def _(grad, grad_output):
     _triton().margin_softmax_scale_(grad, grad_output)
+
+
+@torch.library.impl("ltkernels::contrastive_fwd", "CUDA")
+def _(*args):
+    return _contrastive_triton().contrastive_fwd(*args)
+
+
+@torch.library.impl("ltkernels::contrastive_bwd", "CUDA")
+def _(*args):
+    return _contrastive_triton().contrastive_bwd(*args)
 
 
 from ltkernels import _vmap  # noqa: E402,F401  (registers the batching rules of the operators above)
