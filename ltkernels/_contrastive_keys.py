@@ -74,7 +74,7 @@ class BalancedContrastiveLoss(ContrastiveLossModule):
         counts[0] = 1
         margin = None
         if not self.count_anchor:  # a class without a row in the batch has one key, its prototype, and no anchor
-            margin = torch.where(counts > 1, counts / (counts - 1).clamp(min=1), 1.0)[1:].log().diag()
+            margin = (counts / (counts - 1).clamp(min=1))[1:].log().diag()
         keys = torch.arange(rows + classes, device=embeddings.device)
         return LF.contrastive_loss(
             embeddings,
