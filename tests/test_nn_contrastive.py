@@ -328,6 +328,13 @@ def test_isogclr(layout: str, gamma: float) -> None:
     torch.testing.assert_close(loss.temperature, moved[2], rtol=0, atol=0)
 
 
+def test_isogclr_keeps_temperatures_in_their_range() -> None:
+    for rho, bound in ((5.0, 0.08), (0.0, 0.12)):
+        loss = lnn.ISogCLRLoss(6, rho, temperature=0.1, temperature_range=(0.08, 0.12), learning_rate=1.0)
+        loss(embeddings().float(), torch.arange(6))
+        torch.testing.assert_close(loss.temperature, torch.full((6,), bound))
+
+
 def test_isogclr_with_the_whole_batch_descends_on_its_objective() -> None:
     """gamma = 1: both gradients are those of tau log mean exp(h / tau) + tau rho."""
     z = embeddings().requires_grad_()
