@@ -7,6 +7,7 @@ for, and all of them under ``LTKERNELS_BACKEND=reference``. It holds N x C tempo
 
 from __future__ import annotations
 
+import contextlib
 import math
 
 import torch
@@ -104,6 +105,11 @@ def margin_softmax(
     return row_loss.sum() / normalizer, lse
 
 
+def _without_autocast(device: str) -> contextlib.AbstractContextManager:
+    available = torch.amp.is_autocast_available(device)
+    return torch.autocast(device, enabled=False) if available else contextlib.nullcontext()
+
+
 def linear_logits(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, cosine: bool) -> Tensor:
     """(N, C) logits of a linear classifier, or of a cosine classifier: <x / |x|, W_j / |W_j|>."""
     if cosine:
@@ -190,7 +196,7 @@ def contrastive(
         if positive_index is not None:
             positive = seen & (positive_index[:, None] == torch.arange(keys, device=query.device))
 
-    with torch.autocast(query.device.type, enabled=False):
+    with _without_autocast(query.device.type):
         product = q @ k.T
     additive = q.new_zeros(rows, keys)
     if key_bias is not None:
