@@ -127,8 +127,8 @@ class Call:
         return x.to(self.acc).contiguous()
 
     def _tiles(self, gradient: bool) -> Tiles:
-        gathers = self.options & (ALLOWED | MARGIN) != 0
-        return tiles(self.width, self.query_dtype, self.precision, gradient, gathers)
+        rich = self.options & (ALLOWED | MARGIN | BIAS | OWN) != 0
+        return tiles(self.width, self.query_dtype, self.precision, gradient, rich)
 
     def _strides(self) -> tuple[int, ...]:
         return self.width, self.p.query.stride(0), self.p.key.stride(0), self.allowed_stride
@@ -279,7 +279,7 @@ class Call:
         parts, per_part = parts_of(programs, n_b, t.keys, (self.width if output else 2) * n_a * self.acc.itemsize)
         dtype = self.query_dtype if parts == 1 else self.acc
         out = a.new_empty((parts, n_a, self.width) if output else (0,), dtype=dtype)
-        sums = p.temperature.new_empty(2, parts, n_a)
+        sums = [p.temperature.new_empty(parts, n_a) for _ in range(2)]  # apart: each 16-byte aligned
         scale = p.temperature
         if self.query_dtype == torch.float16:
             scale = (c.rows[1:].abs().amax() / 1024).clamp(min=1e-30) if self.rows else c.rows.new_ones(1)
@@ -310,7 +310,7 @@ class Call:
         kernel_calls["triton.contrastive.pair_margin_gradient"] += 1
         _pair_margin_gradient[(n * n,)](
             p, c.rows, order, bounds, key_order, key_bounds, out, self.rows, self.keys, n, *self._strides(),
-            **(constants | dict(ROWS=16, KEYS=16, DEPTH=depth, num_warps=1)),
+            **(constants | dict(ROWS=16, KEYS=16, DEPTH=depth, num_warps=2)),
         )  # fmt: skip
         return out
 

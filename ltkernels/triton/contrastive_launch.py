@@ -27,22 +27,25 @@ class Tiles(NamedTuple):
 
 
 @functools.cache
-def tiles(width: int, dtype: torch.dtype, precision: str, gradient: bool, gathers: bool) -> Tiles:
+def tiles(width: int, dtype: torch.dtype, precision: str, gradient: bool, rich: bool) -> Tiles:
     """Tiles that leave no register spilled (tests/triton/test_contrastive_ahead_of_time.py).
 
-    `gathers`: a mask or margins by pair, whose addresses take two registers for each element of a tile.
+    `rich`: a mask or margins by pair, whose addresses take two registers for each element of a tile, or key biases or
+    sigmoids of positives.
     """
     depth = max(16, triton.next_power_of_2(width))
     if dtype == torch.float64:
         return Tiles(16, 32, min(depth, 16), min(depth, 64), 4, 1)
     if dtype == torch.float32 and precision == "ieee":  # no matrix instruction: operands are in registers
-        return Tiles(32, 32, min(depth, 32), min(depth, 128), 4, 2)
+        return Tiles(32, 32, min(depth, 32), min(depth, 128), 8 if rich and gradient else 4, 2)
     wide = depth > 256
     if dtype == torch.float32:
-        return Tiles(64, 32, 32 if wide else depth, min(depth, 128), 8 if gathers else 4, 2)
-    if wide:
-        return Tiles(64, 32, 64, 256, 8, 2)
-    return Tiles(64, 32, depth, depth, 8 if gathers or (gradient and depth == 256) else 4, 2)
+        depth, out = 32 if wide else depth, min(depth, 128)
+    else:
+        depth, out = 64 if wide else depth, min(depth, 256)
+    if rich and gradient:
+        return Tiles(32, 32, depth, out, 8, 2)
+    return Tiles(64, 32, depth, out, 8 if rich or wide or (gradient and out == 256) else 4, 2)
 
 
 class Operands(NamedTuple):
