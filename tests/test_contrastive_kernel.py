@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from contrastive_oracle import DIFFERENTIABLE, STATS, Case, check
+from contrastive_oracle import DIFFERENTIABLE, KERNEL, STATS, Case, check
 from contrastive_problems import COMPLETE, FEATURES, LOGSUMEXP_FEATURES, describe, make_case, moving_average, possible
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from problems import covering_set
+
+import ltkernels.functional as LF
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CASES = covering_set(FEATURES, possible)
@@ -157,6 +159,18 @@ def test_large_labels() -> None:
     case.arguments["labels"] = torch.where(y >= 0, y * 400_000_000, y)
     got = check(case)
     torch.testing.assert_close(got, want)
+    case.arguments["labels"] = torch.where(y == 4, 2**31 - 1, y)
+    torch.testing.assert_close(check(case), want)
+
+
+@pytest.mark.skipif(not KERNEL, reason="the definition takes any int64")
+def test_labels_above_int32() -> None:
+    """Refused, not taken for another label of the same lower bits."""
+    z, y = torch.randn(4, 3), torch.tensor([0, 2**32, 1, 1])
+    with pytest.raises(ValueError, match=f"labels: .*got {2**32} at index 1"):
+        LF.contrastive_loss(z, temperature=0.5, labels=y)
+    with pytest.raises(ValueError, match=f"labels: .*got {2**32} at index 1"):
+        LF.contrastive_loss(z, z.clone(), temperature=0.5, labels=y % 7, key_labels=y)
 
 
 # --------------------------------------------------------------------------------------------------------- any mixture
