@@ -151,6 +151,22 @@ def test_labels_of_every_integer_dtype(integer: torch.dtype) -> None:
             assert all(torch.equal(got[name], want[name]) for name in want)
 
 
+@pytest.mark.parametrize("allowed", ["keys", "pairs"])
+@pytest.mark.parametrize("keys", ["self", "more"])
+def test_strided_options(keys: str, allowed: str) -> None:
+    """Every vector and matrix may be a view: transposed, or every other element of its memory."""
+    features = {"rows": 70, "keys": keys, "allowed": allowed, "temperature": "vector", "key_bias": "bias"}
+    case = make_case(COMPLETE | features | {"pair_margin": True, "sample_weight": "weight"})
+    want = check(case)
+    for name, x in case.arguments.items():
+        if isinstance(x, torch.Tensor) and name not in ("query", "key"):
+            view = torch.stack([x, ~x if x.dtype == torch.bool else -x], x.dim())[..., 0]
+            case.arguments[name] = x.T.contiguous().T if x.dim() == 2 else view
+            assert not case.arguments[name].is_contiguous()
+    got = check(case)
+    assert all(torch.equal(got[name], want[name]) for name in want)
+
+
 def test_large_labels() -> None:
     """Labels are compared, not counted: they may be far apart where no pair margin is given."""
     case = make_case(COMPLETE | {"rows": 40, "positives": "unlabelled"})
