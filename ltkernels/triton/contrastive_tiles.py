@@ -364,7 +364,8 @@ def _gradient(
                 b = _vectors(b_ptr, b_index, n_b, b_stride, first, width, OUT, UPCAST)
             if HALF:
                 g = g / scale
-            acc = tl.dot(g.to(b.dtype), b, acc, input_precision=PRECISION, out_dtype=ACC)
+            g = g.to(b_ptr.dtype.element_ty).to(b.dtype)  # rounded in the interpreter too
+            acc = tl.dot(g, b, acc, input_precision=PRECISION, out_dtype=ACC)
 
     place = tl.program_id(1).to(tl.int64) * n_a + a_index
     inside = a_index < n_a

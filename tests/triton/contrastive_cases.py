@@ -17,7 +17,7 @@ from torch import Tensor
 from ltkernels import reference
 from ltkernels.reference import ALL, LOGSUMEXP, LOGSUMEXP_OTHER_LABEL, LOGSUMEXP_SAME_LABEL, NEGATIVES, OWN
 
-RANDOM_CASES = 60
+RANDOM_CASES = 48
 CASES: dict[str, Callable[[], None]] = {}
 INF = float("inf")
 
@@ -220,7 +220,7 @@ def one_row() -> None:
 @case
 def no_positive_and_no_negative() -> None:
     for denominator in (ALL, OWN, NEGATIVES):
-        for reduction in (0, 1, 2):
+        for reduction in (0, 1):
             for label in (-1, 0):
                 labels = torch.full((9,), label)
                 check(example(denominator=denominator, labels=labels, reduction=reduction))
@@ -247,7 +247,7 @@ def whole_blocks_without_a_key() -> None:
         bias = torch.zeros(n).masked_fill(~allowed, -INF)
         pairwise = torch.zeros(80 if keys is None else 9, n, dtype=torch.bool)
         pairwise[::2, 3], pairwise[1::3, n - 2] = True, True
-        for denominator in DENOMINATORS:
+        for denominator in (ALL, OWN, LOGSUMEXP_OTHER_LABEL) if keys else (NEGATIVES,):
             m = pairwise.shape[0]
             check(example(m, keys, 5, denominator=denominator, allowed=allowed))
             check(example(m, keys, 5, denominator=denominator, allowed=pairwise))
@@ -296,7 +296,7 @@ def wide_embeddings() -> None:
 
 @case
 def sixteen_bits() -> None:
-    """Storage and the scale of float16; the interpreter's products are in float32."""
+    """Storage, and coefficients rounded to 16 bits; the interpreter's products are in float32."""
     for dtype in (torch.float16, torch.bfloat16):
         for keys in (None, 70):
             call = example(33, keys, 18, key_bias=OPTIONS["key_bias"], temperature=torch.full((33,), 0.5))
@@ -307,13 +307,13 @@ def sixteen_bits() -> None:
 
 
 @case
-def small_gradients_of_half_precision() -> None:
-    """Coefficients of 1e-7 / tau would be lost in float16 if they were not scaled."""
+def coefficients_below_half_precision() -> None:
+    """Of 1e-8, of long vectors: float16 would lose them if they were not scaled."""
     call = example(33, 70, 16, reduction=0)
-    call = {n: x.half() if n in ("query", "key") else x for n, x in call.items()}
+    call["temperature"] = call["temperature"] * 1e4
+    call = {n: (100 * x).half() if n in ("query", "key") else x for n, x in call.items()}
     upstream = torch.full((33,), 1e-3)
-    got = backward(call, upstream, wanted(call))
-    compare(call, got, definition(call, upstream))
+    compare(call, backward(call, upstream, wanted(call)), definition(call, upstream))
 
 
 @case
@@ -323,7 +323,7 @@ def parts_of_the_keys() -> None:
         check(example(2, 290, 5, denominator=denominator, key_bias=OPTIONS["key_bias"]))
     allowed = torch.zeros(2, 290, dtype=torch.bool)
     allowed[0, 280:] = True
-    check(example(2, 290, 5, allowed=allowed))
+    check(example(2, 290, 5, allowed=allowed, extra_positive=OPTIONS["extra_positive"]))
     with mock.patch("ltkernels.triton.contrastive_launch.WORKSPACE", 0):
         check(example(2, 290, 5))
 
