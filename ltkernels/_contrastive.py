@@ -72,7 +72,7 @@ def contrastive_loss(
         query: ``(M, D)``; float16, bfloat16, float32 or float64. Similarities are computed in float32 at least.
         key: ``(N, D)`` of the dtype of ``query``, or ``None`` for the queries themselves.
         temperature: :math:`\tau > 0`: a number, or a tensor ``()`` or ``(M,)``.
-        labels: ``(M,)`` integers from -1 on: keys of the same label are positives, and -1 has none.
+        labels: ``(M,)`` integers from -1 to 2^31 - 1: keys of the same label are positives, and -1 has none.
         key_labels: ``(N,)`` labels of ``key``.
         positive_index: ``(M,)`` the positive key of each row, instead of ``labels``.
         allowed: Boolean ``(N,)`` or ``(M, N)``; ``False`` removes a key, as a negative and as a positive.
@@ -326,7 +326,7 @@ def _check_values(query: Tensor, key: Tensor | None, temperature: Tensor, option
             if x is None:
                 continue
             x = x.long()  # -1 is no number of uint8
-            refuse(x < -1, name, x, "labels from -1 on")
+            refuse((x < -1) | (x >= 2**31), name, x, "labels from -1 to 2^31 - 1")
             if options.pair_margin is not None:
                 count = options.pair_margin.shape[0]
                 refuse(x >= count, name, x, f"labels below {count}, the size of pair_margin")

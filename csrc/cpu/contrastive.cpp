@@ -209,10 +209,17 @@ class Contrastive : public ContrastiveTiles<A> {
     }
   }
 
+  // The log-sum-exp of a row that sees no key. Products of an infinite query look like keys that it may not see.
+  A nothing(int64_t i) const {
+    const A* q = this->query_row(i);
+    const bool finite = std::all_of(q, q + width_, [](A x) { return std::isfinite(x); });
+    return finite ? -kInfinite : std::numeric_limits<A>::quiet_NaN();
+  }
+
   void statistics() {
     lse_.resize(rows_), positive_.resize(rows_), expected_.assign(rows_, 0);
     for (int64_t i = 0; i < rows_; ++i) {
-      lse_[i] = sum_[i] == 0 ? -kInfinite : max_[i] + std::log(sum_[i]);
+      lse_[i] = sum_[i] == 0 ? nothing(i) : max_[i] + std::log(sum_[i]);
       positive_[i] = count_[i] > 0 ? product_[i] / count_[i] * inverse_tau_[i] : A(0);
     }
   }

@@ -200,14 +200,14 @@ class ContrastiveTiles {
   int64_t blocks(int64_t size) const { return (size + block_ - 1) / block_; }
   int64_t size(int64_t block, int64_t total) const { return std::min(block_, total - block * block_); }
 
-  std::vector<int32_t> labels_of(const at::Tensor& labels, int64_t size) const {
+  std::vector<int32_t> labels_of(const char* name, const at::Tensor& labels, int64_t size) const {
     const at::Tensor wide = labels.to(at::kLong).contiguous();
     const int64_t* y = wide.const_data_ptr<int64_t>();
     std::vector<int32_t> result(blocks(size) * block_, -1);
     for (int64_t i = 0; i < size; ++i) {
       TORCH_CHECK_VALUE(
-          y[i] >= -1 && y[i] <= std::numeric_limits<int32_t>::max(),
-          "labels: expected numbers from -1 to 2^31 - 1, got ", y[i], " at index ", i);
+          y[i] >= -1 && y[i] <= std::numeric_limits<int32_t>::max(), name,
+          ": expected labels from -1 to 2^31 - 1, got ", y[i], " at index ", i);
       result[i] = static_cast<int32_t>(y[i]);
     }
     return result;
@@ -215,8 +215,8 @@ class ContrastiveTiles {
 
   void set_labels(const std::optional<at::Tensor>& y, const std::optional<at::Tensor>& ky, int64_t denominator) {
     if (!y.has_value()) return;
-    label_ = labels_of(*y, rows_);
-    key_label_ = self_ ? label_ : labels_of(ky.value(), keys_);
+    label_ = labels_of("labels", *y, rows_);
+    key_label_ = self_ ? label_ : labels_of("key_labels", ky.value(), keys_);
     positive_labels_ = denominator == kAll || denominator == kOwn || denominator == kNegatives;
     const bool without = denominator == kOwn || denominator == kNegatives || denominator == kLogsumexpOtherLabel;
     if (without) rule_ = LabelRule::kWithoutSame;
