@@ -317,7 +317,9 @@ def _check_values(query: Tensor, key: Tensor | None, temperature: Tensor, option
     def refuse(bad: Tensor, name: str, x: Tensor, expected: str) -> None:
         if bad.any():
             row = int(bad.flatten().nonzero()[0])
-            raise ValueError(f"{name}: expected {expected}, got {x.flatten()[row].item():g} at index {row}")
+            value = x.flatten()[row].item()
+            found = f"{value:g}" if isinstance(value, float) else value
+            raise ValueError(f"{name}: expected {expected}, got {found} at index {row}")
 
     with torch.no_grad():
         refuse(~((temperature > 0) & (temperature < torch.inf)), "temperature", temperature, "finite values above 0")

@@ -311,3 +311,11 @@ def test_statistics_have_no_gradient() -> None:
     assert not any(x.requires_grad for x in stats) and all(x.shape == (len(z),) for x in stats)
     plain = LF.contrastive_loss(z, temperature=0.5, labels=case.arguments["labels"])
     assert isinstance(plain, Tensor) and torch.equal(plain, loss)
+
+
+def test_infinite_query_is_not_hidden() -> None:
+    """Its products may all be -inf, which is also how a key that a row does not see looks to a kernel."""
+    query = torch.tensor([[-torch.inf, -torch.inf], [0.5, 1.0]])
+    key = torch.rand(5, 2, generator=torch.Generator().manual_seed(0)) + 0.1
+    loss = LF.contrastive_loss(query, key, temperature=1.0, positive_index=torch.tensor([0, 1]), reduction="none")
+    assert loss.isnan().tolist() == [True, False]
