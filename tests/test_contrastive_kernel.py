@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from contrastive_oracle import DIFFERENTIABLE, KERNEL, STATS, Case, check
+from contrastive_oracle import DIFFERENTIABLE, STATS, Case, check
 from contrastive_problems import COMPLETE, FEATURES, LOGSUMEXP_FEATURES, describe, make_case, moving_average, possible
 from hypothesis import given, settings
 from hypothesis import strategies as st
