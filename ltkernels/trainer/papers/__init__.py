@@ -1,0 +1,1 @@
+"""What is particular to each reproduced paper: a loss, its measures, its pictures."""
