@@ -46,6 +46,14 @@ struct ContrastiveTile {
   int64_t allowed_row_stride = 0, allowed_key_stride = 0;
 };
 
+// What a tile is besides in self-contrast: that of its keys as rows and its rows as keys, transposed. The pointers are
+// those of the first key, and whole vectors may be read and written.
+template <typename acc_t>
+struct ContrastiveMirror {
+  const acc_t* inverse_temperature = nullptr;
+  acc_t* scratch = nullptr;  // (stride,)
+};
+
 // One row of coefficients: G = negative * exp(l - lse) - positive * [same label] (times a sigmoid, if `own`).
 template <typename acc_t>
 struct ContrastiveCoefficients {
@@ -59,12 +67,16 @@ template <typename acc_t>
 struct ContrastiveKernels {
   using Tile = ContrastiveTile<acc_t>;
   using Coefficients = ContrastiveCoefficients<acc_t>;
+  using Mirror = ContrastiveMirror<acc_t>;
   // x = -inf where not allowed, and the logits, if the tile has memory for them.
   void (*prepare)(const Tile&);
   // Joins the maximum and sum of exp(l - max) of each row.
   void (*accumulate)(const Tile&, acc_t* row_max, acc_t* row_sum);
+  // The same for the rows of the tile and of its mirror image, of tiles without `logits` and `allowed`.
+  void (*accumulate_both)(const Tile&, const Mirror&, acc_t* row_max, acc_t* row_sum, acc_t* key_max, acc_t* key_sum);
   // Adds x over the positives of each row, and their number.
   void (*positives)(const Tile&, acc_t* sum, acc_t* count);
+  void (*positives_both)(const Tile&, acc_t* row_sum, acc_t* row_count, acc_t* key_sum, acc_t* key_count);
   // Adds softplus(lse - x / tau) and its derivative over the positives of each row.
   void (*softplus)(const Tile&, const acc_t* lse, acc_t* loss, acc_t* slope);
   // Adds sum_j exp(l - lse) x / tau to each row's expectation.
@@ -73,6 +85,11 @@ struct ContrastiveKernels {
   void (*key_sums)(const Tile&, const acc_t* lse, const acc_t* row_weight, acc_t* sums);
   // x = G; adds sum_j G x to each row of `products`.
   void (*gradient)(const Tile&, const Coefficients&, acc_t* products);
+  // h (rows, stride) = G of the tile + G of its mirror image, transposed; for tiles as in accumulate_both. Where no key
+  // is seen, the log-sum-exp is +inf here.
+  void (*gradient_both)(
+      const Tile&, const Mirror&, const Coefficients& of_rows, const Coefficients& of_keys, acc_t* h,
+      acc_t* row_products, acc_t* key_products);
   // out (keys, rows) = x transposed, or (rows, keys) out += the transpose of x.
   void (*transpose)(const acc_t* x, int64_t rows, int64_t keys, int64_t stride, acc_t* out, int64_t out_stride);
   void (*add_transposed)(const acc_t* x, int64_t rows, int64_t keys, int64_t stride, acc_t* out, int64_t out_stride);

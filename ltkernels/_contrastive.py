@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -313,31 +314,40 @@ def _check_shapes(query: Tensor, key: Tensor | None, options: _Options) -> None:
 
 def _check_values(query: Tensor, key: Tensor | None, temperature: Tensor, options: _Options) -> None:
     """Values that make no sense; on a GPU reading them would synchronise."""
-
-    def refuse(bad: Tensor, name: str, x: Tensor, expected: str) -> None:
-        if bad.any():
-            row = int(bad.flatten().nonzero()[0])
-            value = x.flatten()[row].item()
-            found = f"{value:g}" if isinstance(value, float) else value
-            raise ValueError(f"{name}: expected {expected}, got {found} at index {row}")
-
     with torch.no_grad():
-        refuse(~((temperature > 0) & (temperature < torch.inf)), "temperature", temperature, "finite values above 0")
+        _refuse_outside(temperature, "temperature", "finite values above 0", above=0, below=math.inf)
         for name in ("labels", "key_labels"):
-            x = getattr(options, name)
-            if x is None:
+            if (x := getattr(options, name)) is None:
                 continue
             x = x.long()  # -1 is no number of uint8
-            refuse((x < -1) | (x >= 2**31), name, x, "labels from -1 to 2^31 - 1")
+            _refuse_outside(x, name, "labels from -1 to 2^31 - 1", above=-2, below=2**31)
             if options.pair_margin is not None:
                 count = options.pair_margin.shape[0]
-                refuse(x >= count, name, x, f"labels below {count}, the size of pair_margin")
-        if (index := options.positive_index) is not None:
+                _refuse_outside(x, name, f"labels below {count}, the size of pair_margin", above=-2, below=count)
+        if (index := options.positive_index) is not None and not _ops.uses_kernel(query):  # the kernel checks its own
             keys = (query if key is None else key).shape[0]
-            refuse((index < 0) | (index >= keys), "positive_index", index, f"keys from 0 to {keys - 1}")
-            if key is None:
-                own = torch.arange(keys, device=index.device)
-                refuse(index == own, "positive_index", index, "another row than the row itself")
+            _refuse_outside(index, "positive_index", f"keys from 0 to {keys - 1}", above=-1, below=keys)
+            own = index == torch.arange(index.shape[0], device=index.device)
+            if key is None and own.any():
+                _refuse(own, "positive_index", index, "another row than the row itself")
         for name in ("key_bias", "pair_margin", "sample_weight", "log_normalizer"):
             if (x := getattr(options, name)) is not None:
-                refuse(~((x < torch.inf) & ((x > -torch.inf) | (name == "key_bias"))), name, x, "finite values")
+                if name == "key_bias":
+                    x = torch.where(x == -math.inf, 0, x)  # takes a key out
+                _refuse_outside(x, name, "finite values", above=-math.inf, below=math.inf)
+
+
+def _refuse_outside(x: Tensor, name: str, expected: str, *, above: float, below: float) -> None:
+    """By the smallest and the largest, NaN if there is one: comparisons of all values would take several passes."""
+    if x.numel() == 0:
+        return
+    smallest, largest = torch.aminmax(x)
+    if not (smallest.item() > above and largest.item() < below):
+        _refuse(~((x > above) & (x < below)), name, x, expected)
+
+
+def _refuse(bad: Tensor, name: str, x: Tensor, expected: str) -> None:
+    row = int(bad.flatten().nonzero()[0])
+    value = x.flatten()[row].item()
+    found = f"{value:g}" if isinstance(value, float) else value
+    raise ValueError(f"{name}: expected {expected}, got {found} at index {row}")

@@ -64,8 +64,16 @@ def check(found: dict[str, list[int]], sizes: list[int]) -> None:
 
 
 def test_memory_is_linear(run_python: Callable[..., str]) -> None:
-    sizes = [1024, 3072]
+    sizes = [4700, 9400]
     check(peaks(run_python, sizes, ["all", "own", "two_sided"]), sizes)
+
+
+def test_small_matrices_are_kept_up_to_40_MiB(run_python: Callable[..., str]) -> None:
+    """Half of the similarities of 4096 rows are kept from the forward sweep for the gradient, those of more are not."""
+    small, medium, large = peaks(run_python, [1024, 4096, 4700], ["all"])["all"]
+    assert small < 4 * 2**20
+    assert 24 * 2**20 < medium < 42 * 2**20
+    assert large < 4 * 2**20
 
 
 @pytest.mark.slow

@@ -38,8 +38,10 @@ class Contrastive : public ContrastiveTiles<A> {
   }
 
   // Statistics of all rows, but for the row loss and the expectation.
-  void forward() {
+  void forward(bool gradients) {
+    if (gradients) this->keep_products();
     rows_pass();
+    this->have_products();
     if (extra_.defined()) add_extra_rows();
     statistics();
     if (denominator_ == kOwn) own_losses();
@@ -166,14 +168,24 @@ class Contrastive : public ContrastiveTiles<A> {
     struct Part {
       std::vector<A> max, sum, product, count;
     } parts[2];
-    for (Part& part : parts)
-      part = {std::vector<A>(rows_, -kInfinite), std::vector<A>(rows_), std::vector<A>(rows_), std::vector<A>(rows_)};
+    const std::vector<A> zeros(this->padded_rows());
+    for (Part& part : parts) part = {std::vector<A>(zeros.size(), -kInfinite), zeros, zeros, zeros};
     const bool labels = this->has_positive_labels();
     this->for_each_role(
         [&](const Tile& tile, int64_t row, int64_t, int role) {
           Part& part = parts[role];
           kernels_.accumulate(tile, part.max.data() + row, part.sum.data() + row);
           if (labels) kernels_.positives(tile, part.product.data() + row, part.count.data() + row);
+        },
+        [&](const Tile& tile, const ContrastiveMirror<A>& mirror, int64_t row, int64_t key) {
+          Part &of_row = parts[0], &of_key = parts[1];
+          kernels_.accumulate_both(
+              tile, mirror, of_row.max.data() + row, of_row.sum.data() + row, of_key.max.data() + key,
+              of_key.sum.data() + key);
+          if (!labels) return;
+          kernels_.positives_both(
+              tile, of_row.product.data() + row, of_row.count.data() + row, of_key.product.data() + key,
+              of_key.count.data() + key);
         },
         [&](int64_t row, int role, A x) {
           parts[role].product[row] = x;
@@ -256,7 +268,7 @@ class Contrastive : public ContrastiveTiles<A> {
   }
 
   void coefficients(const A* upstream, int64_t stride) {
-    negative_c_.resize(rows_), positive_c_.resize(rows_);
+    negative_c_.resize(this->padded_rows()), positive_c_.resize(this->padded_rows());
     const double factor = inverse_normalizer();
     for (int64_t i = 0; i < rows_; ++i) {
       const double a = alpha(i, upstream, stride, factor), count = std::max(count_[i], A(1));
@@ -275,7 +287,9 @@ class Contrastive : public ContrastiveTiles<A> {
   }
 
   void gradient_pass(bool query, bool key, bool, bool key_bias) {
-    std::vector<A> products[2] = {std::vector<A>(rows_), std::vector<A>(rows_)}, sums[2], weight(rows_);
+    std::vector<A> products[2], sums[2], weight(rows_), lse_or_infinite(this->padded_rows());
+    for (std::vector<A>& sum : products) sum.assign(this->padded_rows(), 0);
+    for (int64_t i = 0; i < rows_; ++i) lse_or_infinite[i] = full(i) ? lse_[i] : kInfinite;
     if (key_bias) {
       for (std::vector<A>& sum : sums) sum.assign(this->padded_keys(), 0);
       // With a log_normalizer the exponentials are constants.
@@ -292,13 +306,20 @@ class Contrastive : public ContrastiveTiles<A> {
       if (!this->has_positive_labels()) c.positive = nullptr;
       kernels_.gradient(tile, c, products[role].data() + row);
     };
+    const auto both = [&](const Tile& tile, const ContrastiveMirror<A>& mirror, int64_t row, int64_t key, A* h) {
+      const auto of = [&](int64_t first) {
+        const A* positive = this->has_positive_labels() ? positive_c_.data() + first : nullptr;
+        return ContrastiveCoefficients<A>{lse_or_infinite.data() + first, negative_c_.data() + first, positive};
+      };
+      kernels_.gradient_both(tile, mirror, of(row), of(key), h, products[0].data() + row, products[1].data() + key);
+    };
     const auto positive = [&](int64_t row, int role, A x) {
       const A g = positive_gradient(row, x);
       products[role][row] += g * x;
       return g;
     };
     this->for_each_gradient_tile(
-        gradient, positive, query ? grad_query_.template mutable_data_ptr<A>() : nullptr,
+        gradient, both, positive, query ? grad_query_.template mutable_data_ptr<A>() : nullptr,
         transposed.defined() ? transposed.template mutable_data_ptr<A>()
         : key                ? grad_key_.template mutable_data_ptr<A>()
                              : nullptr);
@@ -380,7 +401,7 @@ KernelCounter& backward_calls() {
 template <typename A>
 Forward forward(LTK_CONTRASTIVE_PARAMETERS, int64_t grads) {
   Contrastive<A> rows(LTK_CONTRASTIVE_ARGUMENTS);
-  rows.forward();
+  rows.forward(grads & ~kExpected);
   if (rows.needs_expectation() || (grads & kExpected)) rows.expect();
   rows.row_losses();
   const A one = 1;

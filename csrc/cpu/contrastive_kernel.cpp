@@ -18,6 +18,8 @@ constexpr A kInfinity = static_cast<A>(__builtin_inf());
 
 template <typename A>
 using Tile = ContrastiveTile<A>;
+template <typename A>
+using Mirror = ContrastiveMirror<A>;
 
 // Lanes of labels as wide as those of A.
 template <typename A>
@@ -108,6 +110,60 @@ void accumulate(const Tile<A>& t, A* row_max, A* row_sum) {
   });
 }
 
+// What may be subtracted from logits of which it is the maximum: 0 if there is none.
+template <typename A>
+LTK_INLINE Vec<A> finite_maximum(Vec<A> max) {
+  return max == -kInfinity<A> ? Vec<A>{} : max;
+}
+
+// Joins the maximum of a row's logits to that found before, and scales the sum to it.
+template <typename A>
+LTK_INLINE void raise_maximum(A largest, A& max, A& sum) {
+  if (!(largest > max)) return;
+  sum *= max == -kInfinity<A> ? A(0) : static_cast<A>(__builtin_exp(max - largest));
+  max = largest;
+}
+
+template <typename A>
+LTK_INLINE void raise_maxima(const A* largest_x, const A* factor, int64_t keys, A* max, A* sum) {
+  for (int64_t j = 0; j < keys; j += Simd<A>::kLanes) {
+    const Vec<A> known = load(max + j), top = larger(load(largest_x + j) * load(factor + j), known);
+    store(sum + j, load(sum + j) * exp_nonpositive(known - finite_maximum<A>(top)));
+    store(max + j, top);
+  }
+}
+
+template <typename A>
+void accumulate_both(const Tile<A>& t, const Mirror<A>& mirror, A* row_max, A* row_sum, A* key_max, A* key_sum) {
+  constexpr int64_t W = Simd<A>::kLanes;
+  const A* key_factor = mirror.inverse_temperature;
+  A* key_top = mirror.scratch;
+  for (int64_t j = 0; j < t.stride; ++j) key_top[j] = -kInfinity<A>;
+  for (int64_t i = 0; i < t.rows; ++i) {
+    const A* x = t.x + i * t.stride;
+    Vec<A> top = broadcast<A>(-kInfinity<A>);
+    for (int64_t j = 0; j < t.stride; j += W) {
+      const Vec<A> value = load(x + j);
+      top = larger(value, top);
+      store(key_top + j, larger(value, load(key_top + j)));
+    }
+    raise_maximum<A>(lane_max<A>(top) * t.inverse_temperature[i], row_max[i], row_sum[i]);
+  }
+  raise_maxima<A>(key_top, key_factor, t.stride, key_max, key_sum);
+  for (int64_t i = 0; i < t.rows; ++i) {
+    const A* x = t.x + i * t.stride;
+    const Vec<A> m = finite_maximum<A>(broadcast<A>(row_max[i])), f = broadcast<A>(t.inverse_temperature[i]);
+    Vec<A> sum = {};
+    for (int64_t j = 0; j < t.stride; j += W) {
+      const Vec<A> value = load(x + j);
+      sum += exp_nonpositive(value * f - m);
+      const Vec<A> key_m = finite_maximum<A>(load(key_max + j));
+      store(key_sum + j, load(key_sum + j) + exp_nonpositive(value * load(key_factor + j) - key_m));
+    }
+    row_sum[i] += lane_sum<A>(sum);
+  }
+}
+
 template <typename A>
 void positives(const Tile<A>& t, A* sum, A* count) {
   constexpr int64_t W = Simd<A>::kLanes;
@@ -124,6 +180,26 @@ void positives(const Tile<A>& t, A* sum, A* count) {
     }
     sum[i] += lane_sum<A>(total);
     for (int k = 0; k < W; ++k) count[i] += static_cast<A>(found[k]);
+  }
+}
+
+template <typename A>
+void positives_both(const Tile<A>& t, A* row_sum, A* row_count, A* key_sum, A* key_count) {
+  constexpr int64_t W = Simd<A>::kLanes;
+  for (int64_t i = 0; i < t.rows; ++i) {
+    const A* x = t.x + i * t.stride;
+    const auto label = row_label(t, i);
+    Vec<A> total = {}, found = {};
+    for (int64_t j = 0; j < t.stride; j += W) {
+      const Vec<A> value = load(x + j);
+      const auto positive = positive_lanes(t, label, value, j);
+      const Vec<A> product = positive ? value : Vec<A>{}, one = positive ? broadcast<A>(1) : Vec<A>{};
+      total += product, found += one;
+      store(key_sum + j, load(key_sum + j) + product);
+      store(key_count + j, load(key_count + j) + one);
+    }
+    row_sum[i] += lane_sum<A>(total);
+    row_count[i] += lane_sum<A>(found);
   }
 }
 
@@ -235,6 +311,46 @@ void gradient(const Tile<A>& t, const ContrastiveCoefficients<A>& c, A* products
   });
 }
 
+template <bool kLabels, typename A>
+LTK_INLINE void gradient_of_both(
+    const Tile<A>& t, const Mirror<A>& mirror, const ContrastiveCoefficients<A>& rows,
+    const ContrastiveCoefficients<A>& keys, A* h, A* row_products, A* key_products) {
+  constexpr int64_t W = Simd<A>::kLanes;
+  for (int64_t i = 0; i < t.rows; ++i) {
+    const A* x = t.x + i * t.stride;
+    typename Simd<A>::Int label = {};
+    if constexpr (kLabels) label = row_label(t, i);
+    const Vec<A> factor = broadcast<A>(t.inverse_temperature[i]), lse = broadcast<A>(rows.lse[i]);
+    const Vec<A> negative = broadcast<A>(rows.negative[i]), positive = broadcast<A>(kLabels ? rows.positive[i] : A(0));
+    Vec<A> product = {};
+    for (int64_t j = 0; j < t.stride; j += W) {
+      const Vec<A> value = load(x + j);
+      const Vec<A> z = value * factor - lse,
+                   mirror_z = value * load(mirror.inverse_temperature + j) - load(keys.lse + j);
+      Vec<A> g = exp_nonpositive(z > 0 ? Vec<A>{} : z) * negative;
+      Vec<A> mirror_g = exp_nonpositive(mirror_z > 0 ? Vec<A>{} : mirror_z) * load(keys.negative + j);
+      if constexpr (kLabels) {
+        const auto same = positive_lanes(t, label, value, j);
+        g -= same ? positive : Vec<A>{};
+        mirror_g -= same ? load(keys.positive + j) : Vec<A>{};
+      }
+      product += g == 0 ? Vec<A>{} : g * value;
+      store(key_products + j, load(key_products + j) + (mirror_g == 0 ? Vec<A>{} : mirror_g * value));
+      store(h + i * t.stride + j, g + mirror_g);
+    }
+    row_products[i] += lane_sum<A>(product);
+  }
+}
+
+template <typename A>
+void gradient_both(
+    const Tile<A>& t, const Mirror<A>& mirror, const ContrastiveCoefficients<A>& rows,
+    const ContrastiveCoefficients<A>& keys, A* h, A* row_products, A* key_products) {
+  const bool labels = t.label != nullptr && rows.positive != nullptr;
+  if (labels) gradient_of_both<true>(t, mirror, rows, keys, h, row_products, key_products);
+  else gradient_of_both<false>(t, mirror, rows, keys, h, row_products, key_products);
+}
+
 // In squares that stay in registers or L1.
 template <bool kAdd, typename A>
 LTK_INLINE void transpose_to(const A* x, int64_t rows, int64_t keys, int64_t stride, A* out, int64_t out_stride) {
@@ -265,9 +381,9 @@ void add_transposed(const A* x, int64_t rows, int64_t keys, int64_t stride, A* o
 
 }  // namespace
 
-#define LTK_KERNELS(A)                                                      \
-  {prepare<A>,  accumulate<A>, positives<A>, softplus<A>,      expected<A>, \
-   key_sums<A>, gradient<A>,   transpose<A>, add_transposed<A>}
+#define LTK_KERNELS(A)                                                                               \
+  {prepare<A>,  accumulate<A>, accumulate_both<A>, positives<A>,     positives_both<A>, softplus<A>, \
+   expected<A>, key_sums<A>,   gradient<A>,        gradient_both<A>, transpose<A>,      add_transposed<A>}
 extern const ContrastiveKernels<float> contrastive_float = LTK_KERNELS(float);
 extern const ContrastiveKernels<double> contrastive_double = LTK_KERNELS(double);
 #undef LTK_KERNELS

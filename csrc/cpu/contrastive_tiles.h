@@ -15,6 +15,7 @@
 
 #include "../contrastive.h"
 #include "../contrastive_op.h"
+#include "new_tensors.h"
 
 namespace ltkernels {
 
@@ -60,11 +61,12 @@ class ContrastiveTiles {
     key_ = self_ ? query_ : key->to(type()).contiguous();
     rows_ = query_.size(0), keys_ = key_.size(0), width_ = query_.size(1);
     tau_ = vector(temperature);
-    for (const A tau : tau_) inverse_tau_.push_back(1 / tau);
     // Small batches want enough tiles for all threads, large ones tiles that fill the cache.
     const int64_t size = std::max(rows_, keys_);
     block_ = size < 512 ? 64 : 128;
     stride_ = block_;
+    inverse_tau_.assign(blocks(rows_) * block_, 1);  // padded: sweeps of both roles read whole vectors
+    for (int64_t i = 0; i < rows_; ++i) inverse_tau_[i] = 1 / tau_[i];
     set_labels(labels, key_labels, denominator);
     set_positive_index(positive_index, denominator);
     set_additive(key_bias, pair_margin);
@@ -88,6 +90,8 @@ class ContrastiveTiles {
   bool has_positive_index() const { return !positive_index_.empty(); }
   int64_t num_labels() const { return num_labels_; }
   int64_t padded_keys() const { return blocks(keys_) * block_; }
+  int64_t padded_rows() const { return blocks(rows_) * block_; }
+  void have_products() { have_products_ = true; }
   const A* query_row(int64_t i) const { return query_.template const_data_ptr<A>() + i * width_; }
   const A* key_row(int64_t j) const { return key_.template const_data_ptr<A>() + j * width_; }
 
@@ -104,13 +108,27 @@ class ContrastiveTiles {
     return total;
   }
 
-  // Calls f(tile, first row, first key, role) for every tile and, in self-contrast, for its transpose (role 1).
+  // Keeps the products that the first sweep computes for those that follow, if they are few.
+  void keep_products() {
+    const int64_t rows = blocks(rows_), tiles = rows * (self_ ? rows / 2 + 1 : blocks(keys_));
+    const int64_t bytes = tiles * tile_size() * static_cast<int64_t>(sizeof(A));
+    // Tiles that are changed for one role or sweep are of no use to the next.
+    if ((self_ && !one_sweep()) || without_positive_index_ || bytes > kKeptBytes) return;
+    if (workspace_.acquire(bytes)) kept_ = static_cast<A*>(workspace_.data());
+  }
+
+  // Calls f(tile, first row, first key, role) for every tile and, in self-contrast, for its mirror image (role 1).
+  // both(tile, mirror, first row, first key): the two in one sweep, where that can be.
   // positive(row, role, x): the product of a row with its positive by index, if the row sees it.
-  template <typename F, typename P>
-  void for_each_role(F f, P positive) {
+  template <typename F, typename B, typename P>
+  void for_each_role(F f, B both, P positive) {
     in_rounds([&](int64_t i, int64_t j, Scratch& scratch) {
-      A* x = scratch.x.get();
-      similarities(i, j, x);
+      A* x = similarities(i, j, scratch);
+      if (one_sweep() && i != j) {
+        find_positives_of_both(i, j, x, scratch);
+        for (const Positive& p : scratch.found) positive(p.of, p.role, p.x);
+        return both(tile_at(i, j, x), mirror_at(j, scratch), i * block_, j * block_);
+      }
       const bool two_roles = self_ && i != j;
       if (two_roles) transpose(x, i, j, scratch.transposed.get());
       role(i, j, 0, x, scratch, f, positive);
@@ -120,17 +138,23 @@ class ContrastiveTiles {
 
   template <typename F>
   void for_each_role(F f) {
-    for_each_role(f, [](int64_t, int, A) {});
+    in_rounds([&](int64_t i, int64_t j, Scratch& scratch) {
+      A* x = similarities(i, j, scratch);
+      const bool two_roles = self_ && i != j;
+      if (two_roles) transpose(x, i, j, scratch.transposed.get());
+      role(i, j, 0, x, scratch, f, [](int64_t, int, A) {});
+      if (two_roles) role(j, i, 1, scratch.transposed.get(), scratch, f, [](int64_t, int, A) {});
+    });
   }
 
   // f(tile, first row), all tiles in the rows' role, by one thread. The tiles have logits.
   template <typename F>
   void for_each_role_in_order(F f) {
     Scratch& scratch = scratch_[0];
-    scratch.allocate(block_ * stride_);
+    scratch.allocate(tile_size(), stride_);
     for (int64_t i = 0; i < blocks(rows_); ++i) {
       for (int64_t j = 0; j < blocks(keys_); ++j) {
-        similarities(i, j, scratch.x.get());
+        multiply(i, j, scratch.x.get());
         role(
             i, j, 0, scratch.x.get(), scratch, [&](const Tile& tile, int64_t row, int64_t, int) { f(tile, row); },
             [](int64_t, int, A) {});
@@ -139,13 +163,18 @@ class ContrastiveTiles {
   }
 
   // gradient(tile, first row, first key, role) turns x into G; positive(row, role, x) returns what G has besides at the
-  // positive by index. Then adds G k to `of_rows` and G^T q to `of_keys` (in self-contrast H z, of two halves), if not
-  // null.
-  template <typename F, typename P>
-  void for_each_gradient_tile(F gradient, P positive, A* of_rows, A* of_keys) {
+  // positive by index; both(tile, mirror, first row, first key, h) writes the G of both roles. Then adds G k to
+  // `of_rows` and G^T q to `of_keys` (in self-contrast H z, of two halves), if not null.
+  template <typename F, typename B, typename P>
+  void for_each_gradient_tile(F gradient, B both, P positive, A* of_rows, A* of_keys) {
     in_rounds([&](int64_t i, int64_t j, Scratch& scratch) {
-      A *x = scratch.x.get(), *transposed = scratch.transposed.get();
-      similarities(i, j, x);
+      A *x = similarities(i, j, scratch), *transposed = scratch.transposed.get();
+      if (one_sweep() && i != j) {
+        find_positives_of_both(i, j, x, scratch);
+        both(tile_at(i, j, x), mirror_at(j, scratch), i * block_, j * block_, transposed);
+        for (const Positive& p : scratch.found) transposed[p.row * stride_ + p.key] += positive(p.of, p.role, p.x);
+        return add_products(i, j, transposed, of_rows, of_keys);
+      }
       if (self_ && i != j) transpose(x, i, j, transposed);
       gradient_role(i, j, 0, x, scratch, gradient, positive);
       if (self_ && i != j) {
@@ -155,11 +184,7 @@ class ContrastiveTiles {
         transpose(x, i, i, transposed);
         for (int64_t e = 0; e < size(i, rows_) * stride_; ++e) x[e] += transposed[e];
       }
-      const at::Tensor g = tile_of(x, i, j);
-      if (of_rows != nullptr) rows_of(of_rows, i, rows_).addmm_(g, rows_of(key_row(0), j, keys_));
-      if (of_keys != nullptr && !(self_ && i == j)) {
-        rows_of(of_keys, j, keys_).addmm_(g.t(), rows_of(query_row(0), i, rows_));
-      }
+      add_products(i, j, x, of_rows, of_keys);
     });
   }
 
@@ -171,23 +196,30 @@ class ContrastiveTiles {
  private:
   static constexpr A kInfinite = std::numeric_limits<A>::infinity();
 
+  static constexpr int64_t kKeptBytes = int64_t(40) << 20;
+
   struct Positive {
-    int64_t row, key;
+    int64_t row, key;  // in the tile
+    int64_t of;        // whose positive it is
+    int role;
     A x;
   };
 
   // One thread's tiles.
   struct Scratch {
-    std::unique_ptr<A[]> x, transposed, logits;
+    std::unique_ptr<A[]> x, transposed, logits, row;
     std::vector<Positive> found;
 
-    void allocate(int64_t size) {
+    void allocate(int64_t size, int64_t stride) {
       if (x) return;
-      x.reset(new A[size]), transposed.reset(new A[size]), logits.reset(new A[size]);
+      x.reset(new A[size]), transposed.reset(new A[size]), logits.reset(new A[size]), row.reset(new A[stride]);
     }
   };
 
   at::Tensor query_, key_, allowed_;
+  Workspace workspace_;
+  A* kept_ = nullptr;
+  bool have_products_ = false;
   int64_t allowed_row_stride_ = 0, allowed_key_stride_ = 0;
   std::vector<int32_t> label_, key_label_;  // padded to whole tiles
   std::vector<int64_t> positive_index_;
@@ -232,6 +264,8 @@ class ContrastiveTiles {
       TORCH_CHECK_VALUE(
           p[i] >= 0 && p[i] < keys_, "positive_index: expected keys from 0 to ", keys_ - 1, ", got ", p[i],
           " at index ", i);
+      TORCH_CHECK_VALUE(
+          !self_ || p[i] != i, "positive_index: expected another row than the row itself, got ", i, " at index ", i);
     }
     without_positive_index_ = denominator == kOwn || denominator == kNegatives;
   }
@@ -249,6 +283,11 @@ class ContrastiveTiles {
     }
   }
 
+  int64_t tile_size() const { return block_ * stride_; }
+
+  // Whether one sweep over a tile does for its mirror image too.
+  bool one_sweep() const { return self_ && !has_logits() && !allowed_.defined() && !without_positive_index_; }
+
   bool has_logits() const { return !key_bias_.empty() || !pair_margin_.empty() || rule_ != LabelRule::kNone; }
 
   // f(row block, key block, scratch) for each tile; in self-contrast for one of each pair that mirror each other.
@@ -264,7 +303,7 @@ class ContrastiveTiles {
       at::parallel_for(0, tiles, 1, [&](int64_t begin, int64_t end) {
         const at::AutoDispatchBelowADInplaceOrView guard;  // this thread may not have the caller's
         Scratch& scratch = scratch_[at::get_thread_num()];
-        scratch.allocate(block_ * stride_);
+        scratch.allocate(tile_size(), stride_);
         for (int64_t i = begin; i < end; ++i) {
           const int64_t j = (i + round) % cycle;
           if (j < keys) f(i, j, scratch);
@@ -281,7 +320,19 @@ class ContrastiveTiles {
     return at::from_blob(x, {size(i, rows_), size(j, keys_)}, {stride_, 1}, type());
   }
 
-  void similarities(int64_t i, int64_t j, A* x) const {
+  // The products of a tile: kept, or in this thread's memory.
+  A* similarities(int64_t i, int64_t j, Scratch& scratch) {
+    if (kept_ == nullptr) {
+      multiply(i, j, scratch.x.get());
+      return scratch.x.get();
+    }
+    const int64_t rows = blocks(rows_), tile = self_ ? (j - i + rows) % rows * rows + i : i * blocks(keys_) + j;
+    A* x = kept_ + tile * tile_size();
+    if (!have_products_) multiply(i, j, x);
+    return x;
+  }
+
+  void multiply(int64_t i, int64_t j, A* x) const {
     at::Tensor products = tile_of(x, i, j);
     at::mm_out(products, rows_of(query_row(0), i, rows_), rows_of(key_row(0), j, keys_).t());
     const int64_t m = size(i, rows_), n = size(j, keys_);
@@ -293,21 +344,53 @@ class ContrastiveTiles {
       std::fill(x + r * stride_ + keys, x + (r + 1) * stride_, -kInfinite);
   }
 
+  void add_products(int64_t i, int64_t j, A* x, A* of_rows, A* of_keys) const {
+    const at::Tensor g = tile_of(x, i, j);
+    if (of_rows != nullptr) rows_of(of_rows, i, rows_).addmm_(g, rows_of(key_row(0), j, keys_));
+    if (of_keys == nullptr || (self_ && i == j)) return;
+    rows_of(of_keys, j, keys_).addmm_(g.t(), rows_of(query_row(0), i, rows_));
+  }
+
   void transpose(const A* x, int64_t i, int64_t j, A* out) const {
     const int64_t m = size(i, rows_), n = size(j, keys_);
     kernels_.transpose(x, m, n, stride_, out, stride_);
     pad(out, n, m);
   }
 
-  template <typename F, typename P>
-  void role(int64_t i, int64_t j, int number, A* x, Scratch& scratch, F f, P positive) {
+  Tile tile_at(int64_t i, int64_t j, A* x) const {
     const int64_t row = i * block_, key = j * block_;
     Tile t;
     t.rows = size(i, rows_), t.keys = size(j, keys_), t.stride = stride_;
     t.x = x;
-    t.logits = has_logits() ? scratch.logits.get() : nullptr;
     t.inverse_temperature = inverse_tau_.data() + row;
     if (!label_.empty()) t.label = label_.data() + row, t.key_label = key_label_.data() + key;
+    return t;
+  }
+
+  ContrastiveMirror<A> mirror_at(int64_t j, Scratch& scratch) const {
+    return {inverse_tau_.data() + j * block_, scratch.row.get()};
+  }
+
+  // Positives by index of the rows of a tile and of its mirror image.
+  void find_positives_of_both(int64_t i, int64_t j, const A* x, Scratch& scratch) const {
+    scratch.found.clear();
+    if (positive_index_.empty()) return;
+    const int64_t row = i * block_, key = j * block_, rows = size(i, rows_), keys = size(j, keys_);
+    for (int64_t r = 0; r < rows; ++r) {
+      const int64_t p = positive_index_[row + r] - key;
+      if (p >= 0 && p < keys) scratch.found.push_back({r, p, row + r, 0, x[r * stride_ + p]});
+    }
+    for (int64_t k = 0; k < keys; ++k) {
+      const int64_t p = positive_index_[key + k] - row;
+      if (p >= 0 && p < rows) scratch.found.push_back({p, k, key + k, 1, x[p * stride_ + k]});
+    }
+  }
+
+  template <typename F, typename P>
+  void role(int64_t i, int64_t j, int number, A* x, Scratch& scratch, F f, P positive) {
+    const int64_t row = i * block_, key = j * block_;
+    Tile t = tile_at(i, j, x);
+    t.logits = has_logits() ? scratch.logits.get() : nullptr;
     t.rule = rule_;
     if (!key_bias_.empty()) t.key_bias = key_bias_.data() + key;
     if (!pair_margin_.empty()) t.pair_margin = pair_margin_.data(), t.num_labels = num_labels_;
@@ -326,7 +409,7 @@ class ContrastiveTiles {
       const bool seen = t.allowed == nullptr || t.allowed[r * t.allowed_row_stride + p * t.allowed_key_stride];
       if (!seen || (exclude_self_ && row + r == key + p)) continue;
       positive(row + r, number, product);
-      scratch.found.push_back({r, p, product});
+      scratch.found.push_back({r, p, row + r, number, product});
       if (without_positive_index_) product = -kInfinite;
     }
     if (t.allowed != nullptr || t.logits != nullptr) kernels_.prepare(t);
@@ -336,7 +419,7 @@ class ContrastiveTiles {
   template <typename F, typename P>
   void gradient_role(int64_t i, int64_t j, int number, A* x, Scratch& scratch, F gradient, P positive) {
     role(i, j, number, x, scratch, gradient, [](int64_t, int, A) {});
-    for (const Positive& p : scratch.found) x[p.row * stride_ + p.key] += positive(i * block_ + p.row, number, p.x);
+    for (const Positive& p : scratch.found) x[p.row * stride_ + p.key] += positive(p.of, number, p.x);
   }
 };
 

@@ -8,6 +8,7 @@
 #endif
 
 #include <cstdint>
+#include <mutex>
 
 namespace ltkernels {
 
@@ -36,5 +37,33 @@ inline at::Tensor empty_gradient(int64_t rows, int64_t classes, at::ScalarType t
   advise_huge_pages(grad);
   return grad;
 }
+
+// Memory that outlives a call. On virtual machines the first write to a page may cost ten times the work on it, huge
+// pages included, so that memory taken anew by each call would cost more than it saves. One call at a time has it.
+class Workspace {
+ public:
+  explicit operator bool() const { return lock_.owns_lock(); }
+  void* data() const { return memory().mutable_data_ptr(); }
+
+  // False if another thread's call has it.
+  bool acquire(int64_t bytes) {
+    static std::mutex& busy = *new std::mutex;  // never destroyed: threads may outlive main
+    lock_ = std::unique_lock<std::mutex>(busy, std::try_to_lock);
+    if (!lock_.owns_lock()) return false;
+    if (memory().defined() && memory().numel() >= bytes) return true;
+    memory() = at::Tensor();
+    memory() = empty_tensor({bytes}, at::kByte);
+    advise_huge_pages(memory());
+    return true;
+  }
+
+ private:
+  std::unique_lock<std::mutex> lock_;
+
+  static at::Tensor& memory() {
+    static at::Tensor& memory = *new at::Tensor;
+    return memory;
+  }
+};
 
 }  // namespace ltkernels

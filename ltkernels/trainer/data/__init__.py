@@ -1,34 +1,28 @@
-"""Data sets, and how a recipe splits them. A new data set is one module here and one line in ``load``."""
+"""Data sets, and how a recipe splits them.
+
+``datasets`` is the registry of the data sets that have a test set of their own: a new one is one module here and one
+entry there. The digits have none; ``load`` and ``split`` are theirs.
+"""
 
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ltkernels.trainer import TrainerError
 from ltkernels.trainer.data import digits
+from ltkernels.trainer.data.datasets import DATA_ROOT_VARIABLE
 from ltkernels.trainer.data.images import LabelledImages
-from ltkernels.trainer.data.longtail import class_counts, hold_out, long_tailed
+from ltkernels.trainer.data.longtail import Split, class_counts, hold_out, long_tailed
 
 if TYPE_CHECKING:
     from ltkernels.trainer.recipes import Recipe
 
 __all__ = ["LabelledImages", "Split", "load", "split"]
 
-DATA_ROOT_VARIABLE = "LTKERNELS_DATA"
 # Which images are test images is part of the task, not of a run.
 _TEST_SEED = 0
-
-
-@dataclass(frozen=True, eq=False)
-class Split:
-    """Long-tailed training images, the balanced images they are evaluated on, and the training images of each class."""
-
-    train: LabelledImages
-    evaluate: LabelledImages
-    counts: tuple[int, ...]
 
 
 def load(dataset: str, data_root: Path | None = None) -> LabelledImages:

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from ltkernels.trainer import TrainerError
+
+
+class MissingDataError(TrainerError):
+    """A data set is not where it was looked for; the message says what to fetch and where to put it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -17,10 +23,11 @@ class LabelledImages:
 
     Args:
         source: Where they come from, for the report.
-        images: (N, H, W) uint8.
+        images: (N, H, W) or, in colour, (N, H, W, 3) uint8.
         labels: (N,) int64 in [0, num_classes).
         num_classes: C.
         max_value: Brightest possible pixel.
+        class_names: C names, or none.
     """
 
     source: str
@@ -28,19 +35,24 @@ class LabelledImages:
     labels: np.ndarray
     num_classes: int
     max_value: int
+    class_names: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.labels)
 
     @cached_property
     def hashes(self) -> np.ndarray:
-        """(N,) sha256 of each image's pixels: names an image whatever the order of the file it came from."""
-        return np.array([hashlib.sha256(np.ascontiguousarray(image).tobytes()).hexdigest() for image in self.images])
+        """(N,) sha256 of each image's pixels: names an image whatever the order of the file it came from.
+
+        The bytes are those of ``images``: row by row, the channels of a pixel side by side.
+        """
+        rows = np.ascontiguousarray(self.images).reshape(len(self.images), -1)
+        return np.array([hashlib.sha256(row).hexdigest() for row in rows])
 
     @property
     def fingerprint(self) -> str:
         """sha256 of the sorted image hashes: names a set of images, printed with every result."""
-        return hashlib.sha256("".join(sorted(self.hashes)).encode()).hexdigest()
+        return hashlib.sha256("".join(sorted(self.hashes.tolist())).encode()).hexdigest()
 
     @property
     def class_sizes(self) -> np.ndarray:
@@ -48,7 +60,7 @@ class LabelledImages:
         return np.bincount(self.labels, minlength=self.num_classes)
 
     def subset(self, indices: np.ndarray) -> LabelledImages:
-        return LabelledImages(self.source, self.images[indices], self.labels[indices], self.num_classes, self.max_value)
+        return replace(self, images=self.images[indices], labels=self.labels[indices])
 
     def without_duplicates(self) -> LabelledImages:
         """Each image once: a copy of a test image among the training images would make the test easier."""
@@ -59,6 +71,26 @@ class LabelledImages:
         return self.subset(by_hash[first])
 
     def tensors(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Images (N, 1, H, W) float32 in [-1, 1] and labels (N,) int64, on the device."""
+        """Images (N, 1 or 3, H, W) float32 in [-1, 1] and labels (N,) int64, on the device."""
         images = torch.from_numpy(self.images).to(device=device, dtype=torch.float32)
-        return (images * (2.0 / self.max_value) - 1.0).unsqueeze(1), torch.from_numpy(self.labels).to(device)
+        images = images.unsqueeze(1) if images.ndim == 3 else images.permute(0, 3, 1, 2)
+        return images * (2.0 / self.max_value) - 1.0, torch.from_numpy(self.labels).to(device)
+
+
+@dataclass(frozen=True, eq=False)
+class ImageDataset:
+    """A data set with a test set of its own.
+
+    Args:
+        name: As in the registry of data sets.
+        train: Training images.
+        test: Balanced test images of the same size and classes.
+        mean: Mean of each channel of the training images, pixels in [0, 1].
+        std: Standard deviation of each channel, likewise.
+    """
+
+    name: str
+    train: LabelledImages
+    test: LabelledImages
+    mean: tuple[float, ...]
+    std: tuple[float, ...]

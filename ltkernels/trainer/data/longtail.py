@@ -1,12 +1,13 @@
 """Long-tailed subsets of a balanced data set, the same whatever the order of its files.
 
 Inside a class the images are sorted by the sha256 of their pixels and shuffled with ``RandomState(seed)``; a subset
-takes the first ones. Classes keep the order of their labels: class 0 is the largest, the last class the smallest.
+takes the first ones. The order of the files can be asked for instead. Classes keep the order of their labels: class 0 is the largest, the last class the smallest.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 import numpy as np
@@ -15,6 +16,16 @@ from ltkernels.trainer import TrainerError
 from ltkernels.trainer.data.images import LabelledImages
 
 Profile: TypeAlias = Literal["exp", "step"]
+Selection: TypeAlias = Literal["hash", "archive"]
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """Long-tailed training images, the balanced images they are evaluated on, and the training images of each class."""
+
+    train: LabelledImages
+    evaluate: LabelledImages
+    counts: tuple[int, ...]
 
 
 def class_counts(
@@ -64,8 +75,21 @@ def shuffled_classes(data: LabelledImages, seed: int) -> list[np.ndarray]:
     return shuffled
 
 
+def archive_classes(data: LabelledImages, seed: int) -> list[np.ndarray]:
+    """Indices of each class, in the order of the files and shuffled one class after the other by one generator.
+
+    The rule of the code of Cao et al. (arXiv:1906.07413). It depends on the order of the files: with seed 0 and the
+    archive's own order it gives the published subsets.
+    """
+    random = np.random.RandomState(seed)
+    classes = [np.flatnonzero(data.labels == label) for label in range(data.num_classes)]
+    for indices in classes:
+        random.shuffle(indices)
+    return classes
+
+
 def hold_out(data: LabelledImages, per_class: int, seed: int) -> tuple[LabelledImages, LabelledImages]:
-    """A balanced set of ``per_class`` images a class, and the rest.
+    """A balanced set of ``per_class`` images a class, the first by hash order, and the rest in its order.
 
     Raises:
         TrainerError: ``per_class`` is below 1, or a class has no more images than that.
@@ -80,15 +104,18 @@ def hold_out(data: LabelledImages, per_class: int, seed: int) -> tuple[LabelledI
         )
     classes = shuffled_classes(data, seed)
     held = np.concatenate([indices[:per_class] for indices in classes])
-    rest = np.concatenate([indices[per_class:] for indices in classes])
+    rest = np.sort(np.concatenate([indices[per_class:] for indices in classes]))
     return data.subset(held), data.subset(rest)
 
 
-def long_tailed(data: LabelledImages, counts: tuple[int, ...], seed: int) -> LabelledImages:
-    """The first ``counts[k]`` images of each class k in the order of :func:`shuffled_classes`.
+def long_tailed(
+    data: LabelledImages, counts: tuple[int, ...], seed: int, selection: Selection = "hash"
+) -> LabelledImages:
+    """The first ``counts[k]`` images of each class k, in the order of :func:`shuffled_classes` (``selection="hash"``)
+    or :func:`archive_classes` (``"archive"``).
 
     Raises:
-        TrainerError: a class has fewer images than its count.
+        TrainerError: a class has fewer images than its count, or an unknown selection.
     """
     for label, (size, count) in enumerate(zip(data.class_sizes, counts, strict=True)):
         if size < count:
@@ -96,5 +123,7 @@ def long_tailed(data: LabelledImages, counts: tuple[int, ...], seed: int) -> Lab
                 f"max_count: class {label} has {size} images to train on, {count} are asked for; lower max_count or "
                 "hold out fewer images"
             )
-    classes = shuffled_classes(data, seed)
+    if selection not in ("hash", "archive"):
+        raise TrainerError(f"selection: expected 'hash' or 'archive', got {selection!r}")
+    classes = shuffled_classes(data, seed) if selection == "hash" else archive_classes(data, seed)
     return data.subset(np.concatenate([indices[:n] for indices, n in zip(classes, counts, strict=True)]))
