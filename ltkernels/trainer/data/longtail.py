@@ -1,7 +1,8 @@
 """Long-tailed subsets of a balanced data set, the same whatever the order of its files.
 
 Inside a class the images are sorted by the sha256 of their pixels and shuffled with ``RandomState(seed)``; a subset
-takes the first ones. The order of the files can be asked for instead. Classes keep the order of their labels: class 0 is the largest, the last class the smallest.
+takes the first ones. The order of the files can be asked for instead. Classes keep the order of their labels: class 0
+is the largest, the last class the smallest.
 """
 
 from __future__ import annotations
@@ -91,21 +92,25 @@ def archive_classes(data: LabelledImages, seed: int) -> list[np.ndarray]:
 def hold_out(data: LabelledImages, per_class: int, seed: int) -> tuple[LabelledImages, LabelledImages]:
     """A balanced set of ``per_class`` images a class, the first by hash order, and the rest in its order.
 
+    An image that the data set holds twice (14 of CIFAR-100's training images) stays in the rest with its copy.
+
     Raises:
         TrainerError: ``per_class`` is below 1, or a class has no more images than that.
     """
     if per_class < 1:
         raise TrainerError(f"held-out images: expected at least 1 a class, got {per_class}")
-    sizes = data.class_sizes
+    _, which, copies = np.unique(data.hashes, return_inverse=True, return_counts=True)
+    single = copies[which] == 1
+    sizes = np.bincount(data.labels[single], minlength=data.num_classes)
     if sizes.min() <= per_class:
         raise TrainerError(
             f"held-out images: class {sizes.argmin()} has {sizes.min()} images, so {per_class} a class leave none to "
             f"train on; hold out fewer than {sizes.min()}"
         )
-    classes = shuffled_classes(data, seed)
-    held = np.concatenate([indices[:per_class] for indices in classes])
-    rest = np.sort(np.concatenate([indices[per_class:] for indices in classes]))
-    return data.subset(held), data.subset(rest)
+    held = np.concatenate([indices[single[indices]][:per_class] for indices in shuffled_classes(data, seed)])
+    is_held = np.zeros(len(data), dtype=bool)
+    is_held[held] = True
+    return data.subset(held), data.subset(np.flatnonzero(~is_held))
 
 
 def long_tailed(
