@@ -67,5 +67,5 @@ def mix(
 
 def _stretch(length: int, share: float, position: float) -> slice:
     """``share`` of a side around ``position`` in [0, 1), rounded down and cut off at the border."""
-    size, centre = int(length * share), int(length * position / 2)
+    size, centre = int(length * share), int(length * position)
     return slice(max(0, centre - size // 2), min(length, centre + size // 2))
