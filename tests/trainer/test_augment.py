@@ -124,6 +124,17 @@ def test_cutout_is_mean_colour_anywhere():
     torch.testing.assert_close(shares[8:24, 8:24].mean(), torch.tensor(64 / 1024), atol=0.004, rtol=0)
 
 
+@pytest.mark.parametrize("policy", ["none", "crop-flip", "autoaugment", "randaugment"])
+def test_cutout_comes_last_and_has_numbers_of_its_own(policy):
+    images = noise(40)
+    module, without = augment(Augmentation(policy, cutout=8)), augment(Augmentation(policy))
+    uniforms = module.draw(40, torch.Generator().manual_seed(2))
+    assert module.draws == without.draws + 2
+    cut = square((32, 32), 8, *(32 * uniforms[-2:]).long())
+    expected = torch.where(cut[:, None], 0.0, without.transform(images, uniforms[:-2]))
+    assert torch.equal(module.transform(images, uniforms), expected)
+
+
 @pytest.mark.parametrize("augmentation", EVERYTHING, ids=str)
 def test_the_generator_determines_the_output(augmentation):
     images = noise(16)
@@ -152,6 +163,14 @@ def test_images_are_augmented_apart(augmentation):
         assert torch.equal(together[k : k + 1], module.transform(images[k : k + 1], uniforms[:, k : k + 1]))
     if module.draws:
         assert len({tuple(image.flatten().tolist()) for image in together}) > 50
+
+
+@pytest.mark.parametrize("augmentation", EVERYTHING, ids=str)
+def test_no_value_is_read_by_the_host(augmentation):
+    # Meta tensors have no values: a branch on one, or a tensor made on another device, is an error.
+    module = augment(augmentation).to("meta")
+    result = module.transform(noise(8).to("meta"), torch.empty(module.draws, 8, device="meta"))
+    assert result.device.type == "meta" and result.shape == (8, 3, 32, 32)
 
 
 def test_grey_images_and_other_sizes():

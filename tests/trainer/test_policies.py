@@ -23,6 +23,36 @@ GREY = (128, 128, 128)
 WARPS = (Operation.SHEAR_X, Operation.SHEAR_Y, Operation.TRANSLATE_X, Operation.TRANSLATE_Y, Operation.ROTATE)
 
 
+# Appendix of arXiv:1805.09501: operation, probability, level.
+PUBLISHED_POLICY = """
+invert 0.1 0, contrast 0.2 6
+rotate 0.7 2, translate-x 0.3 9
+sharpness 0.8 1, sharpness 0.9 3
+shear-y 0.5 8, translate-y 0.7 9
+auto-contrast 0.5 0, equalize 0.9 0
+shear-y 0.2 7, posterize 0.3 7
+color 0.4 3, brightness 0.6 7
+sharpness 0.3 9, brightness 0.7 9
+equalize 0.6 0, equalize 0.5 0
+contrast 0.6 7, sharpness 0.6 5
+color 0.7 7, translate-x 0.5 8
+equalize 0.3 0, auto-contrast 0.4 0
+translate-y 0.4 3, sharpness 0.2 6
+brightness 0.9 6, color 0.2 8
+solarize 0.5 2, invert 0.0 0
+equalize 0.2 0, auto-contrast 0.6 0
+equalize 0.2 0, equalize 0.6 0
+color 0.9 9, equalize 0.6 0
+auto-contrast 0.8 0, solarize 0.2 8
+brightness 0.1 3, color 0.7 0
+solarize 0.4 5, auto-contrast 0.9 0
+translate-y 0.9 9, translate-y 0.7 9
+auto-contrast 0.9 0, solarize 0.8 3
+equalize 0.8 0, invert 0.1 0
+translate-y 0.7 9, auto-contrast 0.9 0
+"""
+
+
 def photos(count, height=32, width=32, channels=3, seed=0):
     """Smooth random images of different contrast, with a flat one and one of two values."""
     generator = torch.Generator().manual_seed(seed)
@@ -138,7 +168,14 @@ def test_published_ranges():
     assert [magnitude_of(Operation.POSTERIZE, k / 9) for k in range(10)] == np.round(np.linspace(8, 4, 10)).tolist()
     assert magnitude_of(Operation.SOLARIZE, 0) == 256 and magnitude_of(Operation.SOLARIZE, 1) == 0
     assert magnitude_of(Operation.EQUALIZE, 1) == 0
-    assert len(CIFAR10_POLICY) == 25
+
+
+def test_published_policy():
+    lines = [
+        ", ".join(f"{operation.name.lower().replace('_', '-')} {p} {level}" for operation, p, level in pair)
+        for pair in CIFAR10_POLICY
+    ]
+    assert lines == PUBLISHED_POLICY.split("\n")[1:-1]
 
 
 @pytest.mark.parametrize("count", [1, 9, 25, 32, 33, 1000, 65537])

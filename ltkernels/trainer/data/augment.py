@@ -65,8 +65,8 @@ class BatchAugment(nn.Module):
             RGB, or the square is larger than the image.
     """
 
-    mean: Tensor
-    std: Tensor
+    scale: Tensor
+    shift: Tensor
 
     def __init__(
         self,
@@ -85,9 +85,12 @@ class BatchAugment(nn.Module):
             raise TrainerError(f"std: expected positive values, got {tuple(std)}")
         if augmentation.cutout > min(self.image_size):
             raise TrainerError(f"cutout: expected at most {min(self.image_size)}, got {augmentation.cutout}")
-        # Settings, not state: a checkpoint does not hold them.
-        self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(1, -1, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(1, -1, 1, 1), persistent=False)
+        self.channels = channels
+        # (x / 255 - mean) / std is x * scale + shift. Settings, not state: a checkpoint does not hold them.
+        scale = [1 / (255 * of_channel) for of_channel in std]
+        shift = [-of_mean / of_std for of_mean, of_std in zip(mean, std, strict=True)]
+        self.register_buffer("scale", torch.tensor(scale, dtype=torch.float32).view(1, -1, 1, 1), persistent=False)
+        self.register_buffer("shift", torch.tensor(shift, dtype=torch.float32).view(1, -1, 1, 1), persistent=False)
         self.policy: AutoAugment | RandAugment | None = None
         if augmentation.policy in ("autoaugment", "randaugment"):
             if channels not in (1, 3):
@@ -111,8 +114,8 @@ class BatchAugment(nn.Module):
 
     def transform(self, images: Tensor, uniforms: Tensor) -> Tensor:
         """What :meth:`forward` makes of the images with the random numbers of :meth:`draw`; can be captured."""
-        if images.dtype != torch.uint8 or images.shape[1:] != (self.mean.shape[1], *self.image_size):
-            expected = (self.mean.shape[1], *self.image_size)
+        expected = (self.channels, *self.image_size)
+        if images.dtype != torch.uint8 or images.shape[1:] != expected:
             raise ValueError(f"images: expected uint8 (B, *{expected}), got {images.dtype} {tuple(images.shape)}")
         uniforms = uniforms.to(images.device, non_blocking=True)
         if self.augmentation.policy != "none":
@@ -130,7 +133,7 @@ class BatchAugment(nn.Module):
 
     def normalise(self, images: Tensor) -> Tensor:
         """Images of an evaluation: (B, C, H, W) uint8 to float32 of mean 0 and standard deviation 1 a channel."""
-        return torch.addcmul(-self.mean / self.std, images.contiguous().float(), 1 / (255 * self.std))
+        return torch.addcmul(self.shift, images.contiguous().float(), self.scale)
 
 
 def crop_and_flip(images: Tensor, padding: int, rows: Tensor, columns: Tensor, flip: Tensor) -> Tensor:
