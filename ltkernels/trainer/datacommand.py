@@ -25,9 +25,9 @@ ALL = "all"
 FINGERPRINT_SHOWN = 12
 # Told apart by colour-blind readers.
 GROUPS = (
-    ("many", f"many: > {MANY_ABOVE} images", "#0072b2"),
-    ("medium", f"medium: {FEW_BELOW}..{MANY_ABOVE}", "#e69f00"),
-    ("few", f"few: < {FEW_BELOW}", "#d55e00"),
+    ("many", f"many (> {MANY_ABOVE})", "#0072b2"),
+    ("medium", f"medium ({FEW_BELOW}..{MANY_ABOVE})", "#e69f00"),
+    ("few", f"few (< {FEW_BELOW})", "#d55e00"),
 )
 
 
@@ -141,10 +141,10 @@ def class_histogram(dataset: ImageDataset, split: Split, title: str) -> bytes:
     for group, label, colour in GROUPS:
         members = groups == group
         if members.any():
-            axes.bar(
-                classes[members], counts[members], width=0.9, color=colour, label=f"{label}, {members.sum()} classes"
-            )
+            label = f"{label}: {members.sum()} classes"
+            axes.bar(classes[members], counts[members], width=0.9, color=colour, label=label)
     axes.set_yscale("log")
+    axes.yaxis.set_major_formatter("{x:.0f}")
     axes.set_ylim(bottom=0.8)  # one image is a bar, too
     axes.set_xlim(-0.6, len(classes) - 0.4)
     if dataset.train.class_names and len(classes) <= 20:
@@ -153,9 +153,7 @@ def class_histogram(dataset: ImageDataset, split: Split, title: str) -> bytes:
         axes.set_xlabel("class")
     axes.set_ylabel("training images (log scale)")
     axes.set_title(f"{title}: {counts.sum():,} of {len(dataset.train):,} training images", loc="left")
-    axes.grid(axis="y", color="0.92")
-    axes.set_axisbelow(True)
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=4, frameon=False)
+    figure.legend(loc="outside lower center", ncols=4, frameon=False, columnspacing=1.2, handlelength=1.2)
     png = io.BytesIO()
     figure.savefig(png, format="png")
     return png.getvalue()
