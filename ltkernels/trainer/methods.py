@@ -1,0 +1,265 @@
+"""The methods of the supervised table. A new method is one entry in ``METHODS``; a new loss is a settings class.
+
+The command line shows every field of the settings: the text below a field is its help.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ltkernels import margins
+from ltkernels.nn import BalancedSoftmaxLoss, CDTLoss, LDAMLoss, LogitAdjustedLoss, MarginCrossEntropyLoss, VSLoss
+from ltkernels.trainer import TrainerError
+from ltkernels.trainer.data.mixing import Mixing
+from ltkernels.trainer.models.small import Classifier
+
+# LDAM's repository trains 200 epochs and re-weights from epoch 160 on.
+DRW_START = 160 / 200
+BETA = 0.9999
+
+
+def _at_least(name: str, value: float, minimum: float, *, exclusive: bool = False) -> None:
+    if not (math.isfinite(value) and (value > minimum if exclusive else value >= minimum)):
+        raise TrainerError(f"{name}: expected a number {'>' if exclusive else '>='} {minimum:g}, got {value:g}")
+
+
+def _share(name: str, value: float, *, below_one: bool = False) -> None:
+    if not (0 <= value < 1 if below_one else 0 <= value <= 1):
+        raise TrainerError(f"{name}: expected a number in [0, 1{')' if below_one else ']'}, got {value:g}")
+
+
+class Objective(nn.Module):
+    """Network and loss in one module: distributed training, compilation and captured graphs see the whole step.
+
+    Args:
+        network: Gives logits (N, C).
+        criterion: Loss of logits and class indices, a mean over the samples.
+
+    Shape: images (N, ...), ``target`` and ``other`` (N,) int64, ``coefficients`` (2,) float32; the loss is 0-d.
+    """
+
+    def __init__(self, network: nn.Module, criterion: MarginCrossEntropyLoss) -> None:
+        super().__init__()
+        self.network = network
+        self.criterion = criterion
+
+    def forward(
+        self, images: Tensor, target: Tensor, other: Tensor | None = None, coefficients: Tensor | None = None
+    ) -> Tensor:
+        """``coefficients[0]`` times the loss for ``target``, plus ``coefficients[1]`` times that for ``other``."""
+        logits = self.network(images)
+        loss = self.criterion(logits, target)
+        if coefficients is None:
+            return loss
+        if other is None:
+            return coefficients[0] * loss
+        return coefficients[0] * loss + coefficients[1] * self.criterion(logits, other)
+
+
+class FocalLoss(MarginCrossEntropyLoss):
+    r"""Focal loss :math:`-(1 - p_y)^\gamma \log p_y`, the mean over the samples. Lin et al., arXiv:1708.02002."""
+
+    def __init__(self, gamma: float) -> None:
+        super().__init__(reduction="none")
+        self.gamma = gamma
+
+    def forward(
+        self, input: Tensor, target: Tensor, *, mask: Tensor | None = None, sample_weight: Tensor | None = None
+    ) -> Tensor:
+        loss = super().forward(input, target, mask=mask, sample_weight=sample_weight)
+        return ((-torch.expm1(-loss)) ** self.gamma * loss).mean()
+
+
+@dataclass(frozen=True)
+class MethodSettings:
+    """A loss with its settings, and the classifier it needs."""
+
+    classifier: ClassVar[Classifier] = "linear"
+
+    def criterion(self, class_counts: Sequence[int], epochs: float) -> MarginCrossEntropyLoss:
+        """The loss for these training images of each class and this number of epochs, which need not be whole."""
+        raise NotImplementedError
+
+    def objective(self, network: nn.Module, class_counts: Sequence[int], epochs: float) -> Objective:
+        """What one step minimises; a method that needs more than the logits overrides this."""
+        return Objective(network, self.criterion(class_counts, epochs))
+
+
+@dataclass(frozen=True)
+class CrossEntropy(MethodSettings):
+    """Softmax cross-entropy."""
+
+    def criterion(self, class_counts: Sequence[int], epochs: float) -> MarginCrossEntropyLoss:
+        return MarginCrossEntropyLoss()
+
+
+@dataclass(frozen=True)
+class ClassBalanced(MethodSettings):
+    """Cross-entropy with the weights of arXiv:1901.05555."""
+
+    beta: float = BETA
+    """Class weights are (1 - beta) / (1 - beta^n)."""
+
+    def __post_init__(self) -> None:
+        _share("beta", self.beta, below_one=True)
+
+    def criterion(self, class_counts: Sequence[int], epochs: float) -> MarginCrossEntropyLoss:
+        return MarginCrossEntropyLoss(weight=margins.class_balanced_weight(class_counts, self.beta))
+
+
+@dataclass(frozen=True)
+class Focal(MethodSettings):
+    """Focal loss, arXiv:1708.02002."""
+
+    gamma: float = 1.0
+    """Samples count (1 - p)^gamma; at least 1."""
+
+    def __post_init__(self) -> None:
+        # Below 1 the gradient of a sample that is predicted with certainty is infinite.
+        _at_least("gamma", self.gamma, 1)
+
+    def criterion(self, class_counts: Sequence[int], epochs: float) -> MarginCrossEntropyLoss:
+        return FocalLoss(self.gamma)
+
+
+@dataclass(frozen=True)
+class BalancedSoftmax(MethodSettings):
+    """Balanced softmax, arXiv:2007.10740."""
+
+    def criterion(self, class_counts: Sequence[int], epochs: float) -> MarginCrossEntropyLoss:
+        return BalancedSoftmaxLoss(class_counts)
+
+
+@dataclass(frozen=True)
+class LogitAdjustment(MethodSettings):
+    """Logit adjustment, arXiv:2007.07314."""
+
+    tau: float = 1.0
+    """Strength of the log-prior added to the logits in training."""
+
+    def __post_init__(self) -> None:
+        _at_least("tau", self.tau, 0)
+
+    def criterion(self, class_counts: Sequence[int], epochs: float) -> MarginCrossEntropyLoss:
+        return LogitAdjustedLoss(class_counts, self.tau)
+
+
+@dataclass(frozen=True)
+class ClassDependentTemperatures(MethodSettings):
+    """CDT, arXiv:2001.01385."""
+
+    gamma: float = 0.2
+    """The logit of class j is multiplied by (n_j / n_max)^gamma in training."""
+
+    def __post_init__(self) -> None:
+        _at_least("gamma", self.gamma, 0)
+
+    def criterion(self, class_counts: Sequence[int], epochs: float) -> MarginCrossEntropyLoss:
+        return CDTLoss(class_counts, self.gamma)
+
+
+@dataclass(frozen=True)
+class LDAM(MethodSettings):
+    """LDAM, with or without deferred re-weighting (DRW), arXiv:1906.07413."""
+
+    max_margin: float = 0.5
+    """Margin of the rarest class, on cosines."""
+    scale: float = 30.0
+    """Multiplies the cosines."""
+    drw_start: float | None = None
+    """Class weights begin after this share of the training; None: never."""
+    beta: float = BETA
+    """Class weights of DRW are (1 - beta) / (1 - beta^n)."""
+
+    classifier: ClassVar[Classifier] = "cosine"
+
+    def __post_init__(self) -> None:
+        _at_least("max_margin", self.max_margin, 0)
+        _at_least("scale", self.scale, 0, exclusive=True)
+        _share("beta", self.beta, below_one=True)
+        if self.drw_start is not None:
+            _share("drw_start", self.drw_start)
+
+    def criterion(self, class_counts: Sequence[int], epochs: float) -> MarginCrossEntropyLoss:
+        weight = None
+        if self.drw_start is not None:
+            weight = margins.DeferredReweighting(class_counts, round(self.drw_start * epochs), self.beta)
+        return LDAMLoss(class_counts, self.max_margin, self.scale, weight=weight)
+
+
+@dataclass(frozen=True)
+class VectorScaling(MethodSettings):
+    """VS, arXiv:2103.01550."""
+
+    gamma: float
+    """The logit of class j is multiplied by (n_j / n_max)^gamma in training."""
+    tau: float
+    """Strength of the log-prior added to the logits in training."""
+
+    def __post_init__(self) -> None:
+        _at_least("gamma", self.gamma, 0)
+        _at_least("tau", self.tau, 0)
+
+    def criterion(self, class_counts: Sequence[int], epochs: float) -> MarginCrossEntropyLoss:
+        return VSLoss(class_counts, self.gamma, self.tau)
+
+
+@dataclass(frozen=True)
+class CosFace(MethodSettings):
+    """CosFace: one margin for all classes, arXiv:1801.09414."""
+
+    margin: float = 0.35
+    """Margin on cosines."""
+    scale: float = 30.0
+    """Multiplies the cosines; 64 in the paper, for faces; here as in LDAM."""
+
+    classifier: ClassVar[Classifier] = "cosine"
+
+    def __post_init__(self) -> None:
+        _at_least("margin", self.margin, 0)
+        _at_least("scale", self.scale, 0, exclusive=True)
+
+    def criterion(self, class_counts: Sequence[int], epochs: float) -> MarginCrossEntropyLoss:
+        return MarginCrossEntropyLoss(margins.cosface(self.margin, self.scale, num_classes=len(class_counts)))
+
+
+@dataclass(frozen=True)
+class Method:
+    """A row of the table.
+
+    Args:
+        title: Its name in tables.
+        settings: The loss with the settings fixed before any run.
+        for_dataset: Other settings for some data sets.
+        mixing: Mixing of images, where that is what the method is about.
+    """
+
+    title: str
+    settings: MethodSettings
+    for_dataset: Mapping[str, MethodSettings] = field(default_factory=dict)
+    mixing: Mixing = field(default_factory=Mixing)
+
+    def settings_for(self, dataset: str) -> MethodSettings:
+        return self.for_dataset.get(dataset, self.settings)
+
+
+METHODS: dict[str, Method] = {
+    "ce": Method("CE", CrossEntropy()),
+    "class-balanced": Method("class-balanced CE", ClassBalanced()),
+    "focal": Method("focal", Focal()),
+    "balanced-softmax": Method("balanced softmax", BalancedSoftmax()),
+    "logit-adjustment": Method("logit adj.", LogitAdjustment()),
+    "cdt": Method("CDT", ClassDependentTemperatures()),
+    "ldam": Method("LDAM", LDAM()),
+    "ldam-drw": Method("LDAM-DRW", LDAM(drw_start=DRW_START)),
+    # The authors' own pairs: their README for CIFAR-10, the command of DDC's repository for CIFAR-100.
+    "vs": Method("VS", VectorScaling(gamma=0.05, tau=1.0), {"cifar10": VectorScaling(gamma=0.2, tau=1.2)}),
+    "cosface": Method("CosFace", CosFace()),
+    "ce-mixup": Method("CE + mixup", CrossEntropy(), mixing=Mixing(kind="mixup", alpha=1.0)),
+}
