@@ -12,7 +12,10 @@ _USAGE = """usage: ltkernels <command> [options]
 
   doctor          which backend serves which device, and why
   train RECIPE    train with the reference trainer (pip install ltkernels[trainer]); RECIPE --help shows every field
+                  --from RUN/recipe.json repeats the recipe of a run, --resume RUN goes on with a run
   tune RECIPE     repeat the search behind a recipe's settings, on validation splits
+  posthoc RUN     cRT, tau-normalisation, weight scaling, logit adjustment on the weights of a run
+  data            list the data sets that are there, draw their long-tailed versions
 """
 
 

@@ -1,37 +1,49 @@
-"""``ltkernels train RECIPE`` and ``ltkernels tune RECIPE``."""
+"""The trainer's commands: ``train``, ``tune``, ``posthoc`` and ``data``."""
 
 from __future__ import annotations
 
 import shlex
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import tyro
 from rich.console import Console
 
 from ltkernels.trainer import TrainerError
+from ltkernels.trainer.datacommand import DataOptions, run_data
+from ltkernels.trainer.image_recipes import IMAGE_RECIPES, ImageRecipe, load_recipe
+from ltkernels.trainer.image_session import ImageTrainOptions, ResumeOptions, resume_image_training, run_image_training
+from ltkernels.trainer.methods import METHODS
+from ltkernels.trainer.posthoc import POST_HOC, PostHocOptions, run_posthoc
 from ltkernels.trainer.recipes import RECIPES
 from ltkernels.trainer.session import TrainOptions, run_training
 from ltkernels.trainer.tuning import TuneOptions, run_search
 
-COMMANDS: dict[str, tuple[type[Any], Callable[..., int]]] = {
-    "train": (TrainOptions, run_training),
-    "tune": (TuneOptions, run_search),
-}
+_TASKS = tuple(dict.fromkeys(name.removesuffix(f"-{recipe.method}") for name, recipe in IMAGE_RECIPES.items()))
+_COMPARISONS = {"train": (TrainOptions, run_training), "tune": (TuneOptions, run_search)}
 
-USAGE = f"""usage: ltkernels {{{",".join(COMMANDS)}}} RECIPE [options]
+USAGE = f"""usage: ltkernels {{{",".join(_COMPARISONS)}}} RECIPE [options]
+       ltkernels train {{--from RUN/recipe.json,--resume RUN}} [options]
+       ltkernels posthoc RUN [options]
+       ltkernels data [options]
 
-  train   train the methods of a recipe and compare them on the test set
-  tune    search their settings on a validation split of the training images
+  train     {", ".join(RECIPES)}: train the methods of the recipe and compare them on the test set
+            other recipes: one run of one method; --from repeats the recipe of a run, --resume goes on with a run
+  tune      {", ".join(RECIPES)}: search the settings of the methods on a validation split of the training images
+  posthoc   {", ".join(POST_HOC)}, on the weights of a run
+  data      list the data sets that are there, draw their long-tailed versions
 
-recipes: {", ".join(RECIPES)}
-"ltkernels train {next(iter(RECIPES))} --help" lists every option with its default.
+recipes: {", ".join(RECIPES)}; TASK-METHOD with
+  TASK      {", ".join(_TASKS)}
+  METHOD    {", ".join(METHODS)}
+"ltkernels train {next(iter(IMAGE_RECIPES))} --help" lists every option with its default.
 """
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit status: 0, 2 for a user's mistake, 130 after an interrupt."""
+    """Run one command; returns the exit status: 0, 2 for a mistake, 130 after an interrupt, 143 after SIGTERM."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         return _run(arguments)
@@ -46,24 +58,81 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: list[str]) -> int:
-    if any(word in ("-h", "--help") for word in arguments[:2] or ["--help"]):
-        print(USAGE, end="")
-        return 0
-    command, recipe_name, options = arguments[0], arguments[1] if len(arguments) > 1 else None, arguments[2:]
-    if command not in COMMANDS:
-        raise TrainerError(f"unknown command {command!r}: expected {' or '.join(COMMANDS)}")
-    if recipe_name is None or recipe_name.startswith("-"):
-        raise TrainerError(f"{command}: which recipe? known: {', '.join(RECIPES)}")
-    if recipe_name not in RECIPES:
-        raise TrainerError(f"unknown recipe {recipe_name!r}: known are {', '.join(RECIPES)}")
-    options_type, run = COMMANDS[command]
-    parsed = tyro.cli(
-        options_type,
-        prog=f"ltkernels {command} {recipe_name}",
-        args=options,
-        default=options_type(recipe=RECIPES[recipe_name]),
-    )
+    if not arguments or arguments[0] in ("-h", "--help") or arguments[1:2] in (["-h"], ["--help"]):
+        if arguments[:1] != ["data"]:
+            print(USAGE, end="")
+            return 0
+    command, rest = arguments[0], arguments[1:]
+    runners: dict[str, Callable[[list[str], str, Console], int]] = {
+        "train": _train,
+        "tune": _tune,
+        "posthoc": _posthoc,
+        "data": _data,
+    }
+    if command not in runners:
+        raise TrainerError(f"unknown command {command!r}: expected train or tune with a recipe, posthoc or data")
     console = Console()
     if not console.is_terminal:
         console.width = 140  # a file or a pipe: the table's lines stay whole
-    return run(parsed, recipe_name, shlex.join(["ltkernels", *arguments]), console)
+    return runners[command](rest, shlex.join(["ltkernels", *arguments]), console)
+
+
+def _train(arguments: list[str], command: str, console: Console) -> int:
+    if arguments[:1] == ["--resume"]:
+        path, rest = _path_of(arguments, "the folder of a run")
+        options = _parse(ResumeOptions, f"train --resume {path}", rest, ResumeOptions())
+        return resume_image_training(path, options, command, console)
+    if arguments[:1] == ["--from"]:
+        path, rest = _path_of(arguments, "the recipe.json of a run")
+        name, recipe = load_recipe(path)
+        return _train_images(name, recipe, f"train --from {path}", rest, command, console)
+    name = _recipe_of("train", arguments, (*RECIPES, *IMAGE_RECIPES))
+    if name in RECIPES:
+        return _compare("train", name, arguments[1:], command, console)
+    return _train_images(name, IMAGE_RECIPES[name], f"train {name}", arguments[1:], command, console)
+
+
+def _train_images(
+    name: str, recipe: ImageRecipe, program: str, arguments: list[str], command: str, console: Console
+) -> int:
+    options = _parse(ImageTrainOptions, program, arguments, ImageTrainOptions(recipe=recipe))
+    if options.tier is not None and options.recipe.steps != recipe.steps:
+        raise TrainerError("tier: it sets the number of steps; give --tier or --steps")
+    return run_image_training(options, name, command, console)
+
+
+def _tune(arguments: list[str], command: str, console: Console) -> int:
+    return _compare("tune", _recipe_of("tune", arguments, tuple(RECIPES)), arguments[1:], command, console)
+
+
+def _compare(command_name: str, name: str, arguments: list[str], command: str, console: Console) -> int:
+    options_type, run = _COMPARISONS[command_name]
+    options = _parse(options_type, f"{command_name} {name}", arguments, options_type(recipe=RECIPES[name]))
+    return run(options, name, command, console)
+
+
+def _posthoc(arguments: list[str], command: str, console: Console) -> int:
+    path, rest = _path_of(["posthoc", *arguments], "the folder of a finished run")
+    return run_posthoc(path, _parse(PostHocOptions, f"posthoc {path}", rest, PostHocOptions()), command, console)
+
+
+def _data(arguments: list[str], command: str, console: Console) -> int:
+    return run_data(_parse(DataOptions, "data", arguments, DataOptions()), console)
+
+
+def _parse(options_type: type[Any], program: str, arguments: list[str], default: Any) -> Any:
+    return tyro.cli(options_type, prog=f"ltkernels {program}", args=arguments, default=default)
+
+
+def _path_of(arguments: list[str], what: str) -> tuple[Path, list[str]]:
+    if len(arguments) < 2 or arguments[1].startswith("-"):
+        raise TrainerError(f"{arguments[0]}: expected {what}")
+    return Path(arguments[1]), arguments[2:]
+
+
+def _recipe_of(command: str, arguments: list[str], known: Sequence[str]) -> str:
+    if not arguments or arguments[0].startswith("-"):
+        raise TrainerError(f"{command}: which recipe? known: {', '.join(known)}")
+    if arguments[0] not in known:
+        raise TrainerError(f"unknown recipe {arguments[0]!r}: known are {', '.join(known)}")
+    return arguments[0]

@@ -1,0 +1,246 @@
+"""What ``ltkernels train`` does for images: one run in its folder, started, stopped, resumed, finished."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from types import FrameType
+from typing import Annotated, Any, Literal
+
+import torch
+import tyro
+from lightning_fabric import Fabric
+from rich.console import Console
+
+from ltkernels.trainer import TrainerError
+from ltkernels.trainer.checkpoint import CheckpointFolder, export_weights
+from ltkernels.trainer.data import Split
+from ltkernels.trainer.data.datasets import load_dataset, long_tailed_split
+from ltkernels.trainer.fit import Fit, StoppedError
+from ltkernels.trainer.image_recipes import IMAGE_RECIPES, TIERS, ImageRecipe, Tier, load_recipe, save_recipe
+from ltkernels.trainer.runfolder import RunFolder, describe, environment
+from ltkernels.trainer.runlog import PREDICTIONS_FILE, RunLog, predictions, scores_line, summary
+
+RECIPE_FILE = "recipe.json"
+METRICS_FILE = "metrics.json"
+INTERRUPTED, TERMINATED = 130, 143  # 128 + the number of the signal, as a shell has it
+
+
+@dataclass(frozen=True)
+class MachineOptions:
+    """Where a run takes place; nothing of it decides the result."""
+
+    data_root: Path | None = None
+    """Folder with the data sets; default: the one that LTKERNELS_DATA names, else data."""
+    accelerator: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """Device, in the words of lightning-fabric."""
+    devices: int = 1
+    """Processes with a device each; every one trains on its part of each batch. Under torchrun its number counts."""
+    threads: int = 0
+    """CPU threads of a process; 0: torch's choice."""
+    tensorboard: bool = True
+    """Write TensorBoard's files where it is installed."""
+
+    def __post_init__(self) -> None:
+        if self.devices < 1:
+            raise TrainerError(f"devices: expected at least 1, got {self.devices}")
+        if self.threads < 0:
+            raise TrainerError(f"threads: expected at least 0, got {self.threads}")
+
+
+@dataclass(frozen=True)
+class ImageTrainOptions(MachineOptions):
+    """Train one recipe and score it on the test set."""
+
+    recipe: Annotated[ImageRecipe, tyro.conf.arg(name="")] = dataclasses.field(
+        default_factory=lambda: next(iter(IMAGE_RECIPES.values()))
+    )
+    tier: Tier | None = None
+    """Number of steps by name: full is 17000, short 3400."""
+    out: Path | None = None
+    """Run folder, which must not exist yet; default: runs/ with the name of the recipe and the time."""
+
+
+@dataclass(frozen=True)
+class ResumeOptions(MachineOptions):
+    """Go on with a run that was stopped, from its last checkpoint."""
+
+
+def run_image_training(options: ImageTrainOptions, name: str, command: str, console: Console) -> int:
+    """Train a recipe in a new run folder. Returns the exit status: 130 after an interrupt, 143 after a SIGTERM.
+
+    Raises:
+        TrainerError: a user's mistake or a loss that is not finite.
+    """
+    recipe = options.recipe
+    if options.tier is not None:
+        recipe = dataclasses.replace(recipe, steps=TIERS[options.tier])
+    with open_fabric(recipe.precision, options.accelerator, options.devices, options.threads) as fabric:
+        path = RunFolder.create(options.out, name).path if fabric.is_global_zero else None
+        folder = RunFolder(fabric.broadcast(path))
+        if fabric.is_global_zero:
+            folder.write_json(RECIPE_FILE, save_recipe(recipe, name))
+        return train_in_folder(fabric, folder, name, recipe, options, command, console)
+
+
+def resume_image_training(path: Path, options: ResumeOptions, command: str, console: Console) -> int:
+    """Go on with the run of a folder, from its last complete checkpoint or from the start. Returns the exit status.
+
+    Raises:
+        TrainerError: the folder is not that of a run, or none of its checkpoints can be read.
+    """
+    name, recipe = load_recipe(path / RECIPE_FILE)
+    with open_fabric(recipe.precision, options.accelerator, options.devices, options.threads) as fabric:
+        return train_in_folder(fabric, RunFolder(path), name, recipe, options, command, console)
+
+
+def train_in_folder(
+    fabric: Fabric,
+    folder: RunFolder,
+    name: str,
+    recipe: ImageRecipe,
+    options: MachineOptions,
+    command: str,
+    console: Console,
+) -> int:
+    """Take the steps of the recipe that the checkpoints of the folder do not have yet. Returns the exit status."""
+    data = load_dataset(recipe.dataset, options.data_root)
+    split = long_tailed_split(data, recipe.long_tail)
+    fit = Fit(fabric, recipe, data, split)
+    checkpoints = CheckpointFolder(folder.path)
+    state = checkpoints.load()
+    if state is not None:
+        fit.restore(state)
+    console = console if fabric.is_global_zero else Console(quiet=True)
+    if fabric.is_global_zero:
+        config = _config(fabric, name, recipe, split, command, fit.step)
+        folder.write_json("config.json", config)
+        _print_start(console, config, fit.step, recipe)
+    status, seconds = _train(fit, folder, checkpoints, options.tensorboard, console)
+    if status == 0 and fabric.is_global_zero:
+        _finish(fit, folder, config, seconds, console)
+    fabric.barrier()
+    return status
+
+
+def _train(
+    fit: Fit, folder: RunFolder, checkpoints: CheckpointFolder, tensorboard: bool, console: Console
+) -> tuple[int, float]:
+    log = RunLog(folder, console, fit.recipe, fit.history, fit.step, tensorboard, writes=fit.fabric.is_global_zero)
+    with log, stop_signals() as received:
+        try:
+            fit.run(checkpoints, log.on_step, log.on_evaluation, lambda: bool(received))
+        except StoppedError as stopped:
+            again = f"go on with: ltkernels train --resume {folder.path}"
+            console.print(f"{stopped}; {again}", highlight=False, markup=False, soft_wrap=True)
+            return TERMINATED if signal.SIGTERM in received else INTERRUPTED, log.seconds
+    return 0, log.seconds
+
+
+def _finish(fit: Fit, folder: RunFolder, config: dict[str, Any], seconds: float, console: Console) -> None:
+    export_weights(folder.path, fit.evaluated_network.state_dict())
+    folder.write(PREDICTIONS_FILE, predictions(fit.logits(), fit.scale, fit.test_target))
+    content = summary(fit.recipe, fit.history) | {
+        "counts": list(fit.counts),
+        "seconds": round(seconds, 1),  # of the last part, for a run that was resumed
+        "resumed_from": config["resumed_from"],
+        **{key: config[key] for key in ("train_fingerprint", "test_fingerprint", "device", "cpu", "threads")},
+    }
+    folder.write_json(METRICS_FILE, content)  # the last file: who finds it finds all of them
+    last, best = content["last"], content["best"]
+    console.print(
+        f"{fit.recipe.title}: {scores_line(last)}, ECE {last['ece']:.1f}; best {best['overall']:.1f} at step "
+        f"{best['step']}; {seconds:.0f} s; written: {folder.path}",
+        highlight=False,
+        markup=False,
+        soft_wrap=True,
+    )
+
+
+@contextmanager
+def open_fabric(precision: str, accelerator: str, devices: int = 1, threads: int = 0) -> Iterator[Fabric]:
+    """Fabric with its processes running; CPU threads are put back at the end.
+
+    Raises:
+        TrainerError: this machine has no such accelerator, or it does not know the precision.
+    """
+    # Under torchrun the processes are there already.
+    nodes = int(os.environ.get("GROUP_WORLD_SIZE", 1)) if "TORCHELASTIC_RUN_ID" in os.environ else 1
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        devices = int(os.environ["LOCAL_WORLD_SIZE"])
+    strategy = "ddp" if devices * nodes > 1 else "auto"
+    try:
+        fabric = Fabric(
+            accelerator=accelerator, devices=devices, num_nodes=nodes, precision=precision, strategy=strategy
+        )
+        fabric.launch()
+    except (RuntimeError, ValueError) as error:
+        raise TrainerError(f"accelerator {accelerator!r} with precision {precision!r}: {error}") from error
+    before, benchmark = torch.get_num_threads(), torch.backends.cudnn.benchmark
+    torch.set_num_threads(threads or before)
+    torch.backends.cudnn.benchmark = True  # one size of images: the search for the fastest algorithm pays off
+    try:
+        yield fabric
+    finally:
+        torch.set_num_threads(before)
+        torch.backends.cudnn.benchmark = benchmark
+
+
+@contextmanager
+def stop_signals() -> Iterator[list[int]]:
+    """A list that SIGTERM and the first interrupt enter; a second interrupt interrupts as usual."""
+    received: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield received  # only the main thread may handle signals
+        return
+
+    def receive(number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and received:
+            raise KeyboardInterrupt
+        received.append(number)
+
+    before = {number: signal.signal(number, receive) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _config(
+    fabric: Fabric, name: str, recipe: ImageRecipe, split: Split, command: str, resumed_from: int
+) -> dict[str, Any]:
+    return {
+        "command": command,
+        "started": datetime.now().astimezone().isoformat(timespec="seconds"),
+        "resumed_from": resumed_from,
+        "recipe_name": name,
+        "recipe_hash": recipe.hash,
+        "processes": fabric.world_size,
+        "source": split.train.source,
+        "train_images": len(split.train),
+        "test_images": len(split.evaluate),
+        "train_fingerprint": split.train.fingerprint,
+        "test_fingerprint": split.evaluate.fingerprint,
+        **environment(fabric.device),
+    }
+
+
+def _print_start(console: Console, config: dict[str, Any], step: int, recipe: ImageRecipe) -> None:
+    lines = [
+        f"{config['recipe_name']} (recipe {config['recipe_hash']}), tier {recipe.tier}, {config['source']}: "
+        f"{config['train_images']} training images, {config['test_images']} test images",
+        f"sha256 of the images: test {config['test_fingerprint'][:12]}, training {config['train_fingerprint'][:12]}",
+        describe(config),
+    ]
+    if step:
+        lines.append(f"going on after step {step} of {recipe.steps}")
+    for line in lines:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
