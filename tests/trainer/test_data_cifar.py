@@ -131,7 +131,7 @@ def test_no_function_is_admitted(tmp_path, function):
 @pytest.mark.parametrize("name", [b"numpy\nndarray", b"numpy\ndtype", b"numpy.core.multiarray\n_reconstruct"])
 def test_a_pickle_cannot_change_the_reader(tmp_path, name):
     # BUILD with (None, {name: value}) sets attributes of an object that has no __setstate__, classes included.
-    attack = b"\x80\x02c" + name + b"\nN}U\x08poisonedK\x01s\x86b."
+    attack = b"\x80\x02c" + name + b"\nN}X\x08\x00\x00\x00poisonedK\x01s\x86b."
     (tmp_path / "evil").write_bytes(attack)
     with pytest.raises(TrainerError, match="evil"):
         cifar.read_pickle(tmp_path / "evil")

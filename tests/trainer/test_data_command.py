@@ -114,4 +114,4 @@ def test_the_picture_shows_the_groups_that_there_are(tmp_path, factor, groups):
     image = np.asarray(Image.open(io.BytesIO(png)).convert("RGB"))
     for group, _, colour in GROUPS:
         painted = (image == tuple(bytes.fromhex(colour[1:]))).all(axis=2).sum()
-        assert (painted > 100) == (group in groups)
+        assert (painted > 0) == (group in groups)

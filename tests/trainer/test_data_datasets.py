@@ -177,6 +177,14 @@ def test_archive_selection_is_the_one_of_ldam(seed):
     assert split.evaluate is data.test
 
 
+def test_archive_selection_of_what_validation_leaves_keeps_the_order_of_the_files():
+    data = dataset_of()
+    split = long_tailed_split(data, LongTail(10, selection="archive", validation_per_class=6))
+    rest = data.train.subset(np.flatnonzero(~np.isin(data.train.hashes, split.evaluate.hashes)))
+    expected = rest.subset(np.array(ldam_indices(rest.labels, split.counts, 0)))
+    assert split.train.hashes.tolist() == expected.hashes.tolist()
+
+
 def permuted(data, seed=9):
     order = np.random.RandomState(seed).permutation(len(data.train))
     return ImageDataset(data.name, data.train.subset(order), data.test, data.mean, data.std)
