@@ -11,6 +11,8 @@
 // |W_j| goes into the scale of each class, so that no normalised W is stored. With c_j = the gradient to W_j as if
 // |W_j| were constant, the exact one is c_j - <c_j, W_j> W_j / |W_j|^2; likewise for x.
 #include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+#include <ATen/core/LegacyTypeDispatch.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/library.h>
 
@@ -109,9 +111,7 @@ class Chunks {
       options_.sample_weight = u / normalizer_;
       options_.reduction = kSum;
     }
-    buffer_ = new_matrix({chunk_, classes_}, type_);
-    // Worth the time that the system takes to find them if the memory is used again and again: gradients are not.
-    if (buffer_.is_cpu() && chunk_ < rows_) advise_huge_pages(buffer_);
+    buffer_ = new_buffer();
   }
 
   int64_t rows() const { return rows_; }
@@ -127,9 +127,25 @@ class Chunks {
   }
 
   Tensor logits(const Tensor& x) {
-    Tensor f = buffer_.narrow(0, 0, x.size(0));
-    if (bias_.defined()) at::addmm_out(f, bias_, x, weight_.t());
-    else at::mm_out(f, x, weight_.t());
+    const Tensor f = buffer_.narrow(0, 0, x.size(0));
+    if (!f.is_cpu()) {
+      multiply(f, x, weight_, bias_);
+      return f;
+    }
+    // One thread a block: at once, the product of few features with many classes takes half as long again.
+    const int64_t row_blocks = blocks(x.size(0), kProductRows), class_blocks = blocks(classes_, kProductClasses);
+    at::parallel_for(0, row_blocks * class_blocks, 1, [&](int64_t begin, int64_t end) {
+      const AutocastOff autocast_off;  // this thread may not have the caller's
+      const at::AutoDispatchBelowADInplaceOrView no_autograd;
+      for (int64_t k = begin; k < end; ++k) {
+        const int64_t row = k % row_blocks * kProductRows, column = k / row_blocks * kProductClasses;
+        const int64_t rows = std::min(kProductRows, x.size(0) - row);
+        const int64_t classes = std::min(kProductClasses, classes_ - column);
+        multiply(
+            f.narrow(0, row, rows).narrow(1, column, classes), x.narrow(0, row, rows),
+            weight_.narrow(0, column, classes), bias_.defined() ? bias_.narrow(0, column, classes) : bias_);
+      }
+    });
     return f;
   }
 
@@ -194,8 +210,29 @@ class Chunks {
   MarginOptions options_;
   at::TensorOptions acc_;
   Tensor input_length_, weight_length_;  // (N, 1) and (C, 1)
+  Workspace workspace_;
   Tensor normalizer_, buffer_, grad_input_, grad_weight_, grad_bias_;
   int64_t grads_ = 0;
+
+  // Memory of a chunk of logits. What is small stays for the next call; large memory that is used again and again is
+  // worth the time that the system takes to find huge pages, unlike gradients.
+  Tensor new_buffer() {
+    const int64_t bytes = chunk_ * classes_ * static_cast<int64_t>(c10::elementSize(type_));
+    if (input_.is_cpu() && bytes <= Workspace::kMost && workspace_.acquire(bytes)) {
+      return at::from_blob(workspace_.data(), {chunk_, classes_}, at::TensorOptions(type_));
+    }
+    Tensor buffer = new_matrix({chunk_, classes_}, type_);
+    if (buffer.is_cpu() && chunk_ < rows_) advise_huge_pages(buffer);
+    return buffer;
+  }
+
+  static constexpr int64_t kProductRows = 256, kProductClasses = 512;
+  static int64_t blocks(int64_t size, int64_t block) { return (size + block - 1) / block; }
+
+  static void multiply(Tensor out, const Tensor& x, const Tensor& weight, const Tensor& bias) {
+    if (bias.defined()) at::addmm_out(out, bias, x, weight.t());
+    else at::mm_out(out, x, weight.t());
+  }
 
   Tensor new_matrix(at::IntArrayRef sizes, at::ScalarType type) const {
     return at::empty(sizes, input_.options().dtype(type));

@@ -113,7 +113,7 @@ class ContrastiveTiles {
     const int64_t rows = blocks(rows_), tiles = rows * (self_ ? rows / 2 + 1 : blocks(keys_));
     const int64_t bytes = tiles * tile_size() * static_cast<int64_t>(sizeof(A));
     // Tiles that are changed for one role or sweep are of no use to the next.
-    if ((self_ && !one_sweep()) || without_positive_index_ || bytes > kKeptBytes) return;
+    if ((self_ && !one_sweep()) || without_positive_index_ || bytes > Workspace::kMost) return;
     if (workspace_.acquire(bytes)) kept_ = static_cast<A*>(workspace_.data());
   }
 
@@ -195,8 +195,6 @@ class ContrastiveTiles {
 
  private:
   static constexpr A kInfinite = std::numeric_limits<A>::infinity();
-
-  static constexpr int64_t kKeptBytes = int64_t(40) << 20;
 
   struct Positive {
     int64_t row, key;  // in the tile

@@ -42,7 +42,8 @@ inline at::Tensor empty_gradient(int64_t rows, int64_t classes, at::ScalarType t
 // pages included, so that memory taken anew by each call would cost more than it saves. One call at a time has it.
 class Workspace {
  public:
-  explicit operator bool() const { return lock_.owns_lock(); }
+  static constexpr int64_t kMost = int64_t(40) << 20;  // what may stay; larger memory is for the call that needs it
+
   void* data() const { return memory().mutable_data_ptr(); }
 
   // False if another thread's call has it.
