@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import time
+import timeit
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache
@@ -158,7 +159,7 @@ SLOW = 6.0  # times as long in bfloat16 as in float32
 def slow_in_bfloat16(variant: Variant, problem: Callable[[Case], Problem], shape: str, family: str) -> bool:
     """Whether a variant takes much longer on this CPU in bfloat16 than in float32, tried out on a small case.
 
-    By the processor time of one thread, which other processes do not change.
+    By the processor time of one thread, the least of five: other processes change it little.
     For processors without bfloat16 arithmetic torch multiplies such matrices by a loop that takes up to a hundred
     times as long. What turns to float32 for the products is measured, the rest would take the whole time there is.
     """
@@ -168,7 +169,5 @@ def slow_in_bfloat16(variant: Variant, problem: Callable[[Case], Problem], shape
         step = Step(variant, case, problem(case), variant.loss)
         with one_thread():
             step.run()
-            start = time.thread_time()
-            step.run()
-            seconds.append(time.thread_time() - start)
+            seconds.append(min(timeit.repeat(step.run, timer=time.thread_time, number=1, repeat=5)))
     return seconds[1] > SLOW * seconds[0]
