@@ -225,7 +225,8 @@ class Fit:
         batch = Batch(images, target)
         if recipe.mixing.kind != "none":
             images, target, other, share = mix(images, target, self._generators["mix"], recipe.mixing)
-            coefficients = torch.tensor([share, 1 - share], dtype=torch.float32, device=images.device)
+            coefficients = torch.full((2,), share, device=images.device)  # filled there: no copy to wait for
+            coefficients[1].fill_(1 - share)
             batch = Batch(images, target, other, coefficients)
         if self.fabric.world_size > 1:
             batch = batch.part(self.fabric.global_rank, self.fabric.world_size, self.objective.criterion)

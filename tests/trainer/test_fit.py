@@ -28,7 +28,7 @@ from ltkernels.trainer.engine import DivergedError  # noqa: E402
 from ltkernels.trainer.fit import Fit, StoppedError, device_images  # noqa: E402
 from ltkernels.trainer.image_recipes import IMAGE_RECIPES, ImageRecipe  # noqa: E402
 from ltkernels.trainer.image_session import open_fabric, stop_signals  # noqa: E402
-from ltkernels.trainer.step import Batch  # noqa: E402
+from ltkernels.trainer.step import Batch, GraphedStep  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CPU = ["--accelerator", "cpu", "--no-tensorboard"]
@@ -257,6 +257,47 @@ def test_parts_of_a_batch_add_up_to_the_whole():
             torch.testing.assert_close(mean, whole)
 
 
+class FakeGraph:
+    """Stands for a CUDA graph: replays a step on the tensors that it was captured with."""
+
+    def __init__(self, step):
+        self.step, self.replays = step, 0
+
+    def replay(self):
+        self.replays += 1
+        self.step._loss.copy_(self.step._eager(self.step._batch))
+
+
+def test_a_captured_step_reads_its_own_copies(tmp_path, monkeypatch):
+    """Bookkeeping around a graph, without a GPU: which batches are replayed, from which memory, at which rate."""
+    recipe = tiny_recipe(warmup=0.3, mixing=Mixing("mixup"))
+    expected = trained(recipe, tmp_path)
+    fit = make_fit(recipe)
+    step = GraphedStep(fit._eager, 16)
+    rate = fit.optimizer.param_groups[0]["lr"]
+    captured = []
+
+    def capture(batch):
+        captured.append(batch)
+        step._batch = Batch(*(tensor.clone() for tensor in batch.arguments()))
+        step._loss, step._graph = torch.zeros(()), FakeGraph(step)
+
+    monkeypatch.setattr(step, "_on_side_stream", step._eager)
+    monkeypatch.setattr(step, "_capture", capture)
+    fit._step_function = lambda: step
+    fit.run(CheckpointFolder(tmp_path))
+    assert len(captured) == 1 and step._graph.replays == 12 - 2 - 3  # two of six images, three to warm up
+    assert fit.optimizer.param_groups[0]["lr"] is rate and rate.item() == pytest.approx(1e-5)
+    assert isinstance(fit.state()["optimizer"]["param_groups"][0]["lr"], float)
+    assert_same(weights(fit), weights(expected), rtol=1e-5, atol=1e-6)
+    assert fit.history[-1]["train_loss"] == pytest.approx(expected.history[-1]["train_loss"])
+
+
+def test_graphs_are_for_one_gpu_only():
+    fit = make_fit(tiny_recipe(cuda_graph=True))
+    assert fit._step_function() is fit._eager
+
+
 # The command
 
 
@@ -375,6 +416,15 @@ def test_mistakes_are_explained_without_a_traceback(arguments, message, capsys):
     captured = capsys.readouterr()
     assert message in " ".join((captured.err + captured.out).replace("│", " ").split())
     assert "Traceback" not in captured.err
+
+
+def test_emulated_bfloat16_is_told(tmp_path, monkeypatch, capsys):
+    for native in (True, False):
+        capabilities = {"architecture": "x86_64", "avx512_bf16": native, "amx_bf16": False}
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda found=capabilities: found, raising=False)
+        arguments = ["train", "tiny-ce", "--precision", "bf16-mixed", "--out", str(native), *CPU]
+        assert main(arguments) == 0
+        assert ("emulates bfloat16" in capsys.readouterr().out) != native
 
 
 def test_tiers_set_the_steps(tmp_path, monkeypatch):
