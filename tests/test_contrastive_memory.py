@@ -60,7 +60,8 @@ def check(found: dict[str, list[int]], sizes: list[int]) -> None:
         assert last < 0.05 * 4 * sizes[-1] ** 2, (kind, bytes_used)
         # 20 vectors of 16 numbers a row (accumulators of each thread among them), and 2 MiB of tiles.
         assert last < 20 * 16 * 4 * sizes[-1] + 2**21, (kind, bytes_used)
-        assert last - first < 1.5 * sizes[-1] / sizes[0] * max(first, 2**18), (kind, bytes_used)
+        # The kernel counts resident pages in batches, a few hundred KiB off: from 1 MiB a ratio says something.
+        assert last - first < 1.5 * sizes[-1] / sizes[0] * max(first, 2**20), (kind, bytes_used)
 
 
 def test_memory_is_linear(run_python: Callable[..., str]) -> None:

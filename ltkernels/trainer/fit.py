@@ -11,6 +11,7 @@ part (they are not synchronised).
 
 from __future__ import annotations
 
+import copy
 import math
 import random
 from collections.abc import Callable
@@ -33,6 +34,7 @@ from ltkernels.trainer.engine import DivergedError
 from ltkernels.trainer.image_recipes import ImageRecipe
 from ltkernels.trainer.metrics import Scores, probabilities_of, score
 from ltkernels.trainer.models import build_model
+from ltkernels.trainer.papers.elm_measures import Outputs
 from ltkernels.trainer.step import (
     Batch,
     EagerStep,
@@ -101,11 +103,12 @@ class Fit:
         seed_everything(recipe.seed, verbose=False)
         self.network = make_network(recipe, channels, len(split.counts))
         self.objective = recipe.settings.objective(self.network, split.counts, recipe.steps / self.steps_per_epoch)
+        self._check_objective()
         self.objective.to(fabric.device)
         if recipe.channels_last:
             self.network.to(memory_format=torch.channels_last)
         module = torch.compile(self.objective) if recipe.compile else self.objective
-        module, self.optimizer = fabric.setup(module, make_optimizer(recipe, self.objective.parameters()))
+        module, self.optimizer = fabric.setup(module, make_optimizer(recipe, self.objective.parameter_groups()))
         self._eager = EagerStep(fabric, module, self.optimizer)
         self.average = ExponentialMovingAverage(self.network, recipe.ema_decay) if recipe.ema_decay else None
 
@@ -128,6 +131,13 @@ class Fit:
         world = self.fabric.world_size
         if min(last, len(self.target)) < world:
             raise TrainerError(f"devices: the last batch of an epoch has {last} images, too few for {world} processes")
+
+    def _check_objective(self) -> None:
+        if self.objective.contrasts_the_batch and self.fabric.world_size > 1:
+            raise TrainerError(
+                f"devices: {self.recipe.title} contrasts the images of a whole batch, of which each of "
+                f"{self.fabric.world_size} processes would see a part; train it on one"
+            )
 
     def run(
         self,
@@ -320,6 +330,14 @@ class Fit:
             parts = [module(self._arranged(prepare(part))).float().cpu() for part in images.split(size)]
         network.train(training)
         return torch.cat(parts)
+
+    def train_outputs(self) -> Outputs:
+        """What the evaluated network gives for the training images without augmentation: float32 on the host."""
+        network = self.evaluated_network
+        embedding = self.outputs(network.features, self.images)
+        classifier = copy.deepcopy(network.classifier).cpu().eval()
+        with torch.inference_mode():
+            return Outputs(embedding, classifier(embedding), self.target.cpu())
 
     # State
 

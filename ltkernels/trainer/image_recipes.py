@@ -20,7 +20,7 @@ from ltkernels.trainer.data.augment import Augmentation
 from ltkernels.trainer.data.datasets import DATASETS, LongTail
 from ltkernels.trainer.data.mixing import Mixing
 from ltkernels.trainer.data.sampling import Sampling
-from ltkernels.trainer.methods import METHODS, MethodSettings
+from ltkernels.trainer.methods import METHODS, EmbeddingAndLogitMargins, MethodSettings
 from ltkernels.trainer.models import MODELS
 
 Tier: TypeAlias = Literal["full", "short"]
@@ -110,6 +110,8 @@ class ImageRecipe:
         for name in ("momentum", "warmup", "ema_decay"):
             if not 0 <= getattr(self, name) < 1:
                 raise TrainerError(f"{name}: expected a number in [0, 1), got {getattr(self, name):g}")
+        if self.mixing.kind != "none" and isinstance(self.settings, EmbeddingAndLogitMargins):
+            raise TrainerError("mixing: the embedding loss of ELM needs images of one class each")
         if self.nesterov and self.momentum == 0:
             raise TrainerError("nesterov: needs momentum > 0")
         if len(self.drops) != len(self.factors):
@@ -126,13 +128,10 @@ class ImageRecipe:
 
     @property
     def tier(self) -> str:
-        """``"full"``, ``"short"``, or what was trained instead."""
-        if self.batch_size == 128 and self.views == 1:
-            for name, steps in TIERS.items():
-                if self.steps == steps:
-                    return name
-        views = f" x {self.views} views" if self.views > 1 else ""
-        return f"{self.steps} steps of {self.batch_size}{views}"
+        """``"full"``, ``"short"``, or what was trained instead, with the number of views where it is not 1."""
+        names = [name for name, steps in TIERS.items() if self.steps == steps and self.batch_size == 128]
+        views = f", {self.views} views" if self.views > 1 else ""
+        return (names[0] if names else f"{self.steps} steps of {self.batch_size}") + views
 
     @property
     def hash(self) -> str:
@@ -246,6 +245,7 @@ def _recipes() -> dict[str, ImageRecipe]:
             model=model,
             long_tail=LongTail(imbalance_factor=100.0, profile="exp", max_count=max_count, subset_seed=0),
             mixing=method.mixing,
+            views=method.views,
         )
         for task, (dataset, model, max_count) in tasks.items()
         for name, method in METHODS.items()

@@ -26,7 +26,15 @@ from ltkernels.trainer.data.datasets import load_dataset, long_tailed_split
 from ltkernels.trainer.fit import Fit, StoppedError
 from ltkernels.trainer.image_recipes import TIERS, ImageRecipe, Tier, load_recipe, save_recipe
 from ltkernels.trainer.runfolder import RunFolder, describe, environment
-from ltkernels.trainer.runlog import PREDICTIONS_FILE, RunLog, predictions, scores_line, summary
+from ltkernels.trainer.runlog import (
+    FEATURES_FILE,
+    PREDICTIONS_FILE,
+    RunLog,
+    features,
+    predictions,
+    scores_line,
+    summary,
+)
 
 RECIPE_FILE = "recipe.json"
 METRICS_FILE = "metrics.json"
@@ -145,6 +153,8 @@ def _train(
 def _finish(fit: Fit, folder: RunFolder, config: dict[str, Any], seconds: float, console: Console) -> None:
     export_weights(folder.path, fit.evaluated_network.state_dict())
     folder.write(PREDICTIONS_FILE, predictions(fit.logits(), fit.scale, fit.test_target))
+    test_embedding = fit.outputs(fit.evaluated_network.features, fit.test_images)
+    folder.write(FEATURES_FILE, features(fit.train_outputs(), test_embedding))
     content = summary(fit.recipe, fit.history) | {
         "counts": list(fit.counts),
         "seconds": round(seconds, 1),  # of the last part, for a run that was resumed

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,9 @@ from ltkernels import margins
 from ltkernels.nn import BalancedSoftmaxLoss, CDTLoss, LDAMLoss, LogitAdjustedLoss, MarginCrossEntropyLoss, VSLoss
 from ltkernels.trainer import TrainerError
 from ltkernels.trainer.data.mixing import Mixing
+from ltkernels.trainer.models.network import ImageNetwork
 from ltkernels.trainer.models.small import Classifier
+from ltkernels.trainer.papers.elm import WITH_PRIOR, ELMLoss, EmbeddingMarginLoss, Form
 
 # LDAM's repository trains 200 epochs and re-weights from epoch 160 on.
 DRW_START = 160 / 200
@@ -39,27 +41,79 @@ class Objective(nn.Module):
 
     Args:
         network: Gives logits (N, C).
-        criterion: Loss of logits and class indices, a mean over the samples.
+        loss: Of logits and class indices, a mean over the samples.
 
     Shape: images (N, ...), ``target`` and ``other`` (N,) int64, ``coefficients`` (2,) float32; the loss is 0-d.
     """
 
-    def __init__(self, network: nn.Module, criterion: MarginCrossEntropyLoss) -> None:
+    contrasts_the_batch: ClassVar[bool] = False
+    """Whether the loss of an image depends on the others: then a batch can be neither divided nor mixed."""
+
+    def __init__(self, network: nn.Module, loss: nn.Module) -> None:
         super().__init__()
         self.network = network
-        self.criterion = criterion
+        self.loss = loss
+
+    @property
+    def criterion(self) -> MarginCrossEntropyLoss:
+        """The loss of the logits: its scale, weights and schedule."""
+        return self.loss
 
     def forward(
         self, images: Tensor, target: Tensor, other: Tensor | None = None, coefficients: Tensor | None = None
     ) -> Tensor:
         """``coefficients[0]`` times the loss for ``target``, plus ``coefficients[1]`` times that for ``other``."""
         logits = self.network(images)
-        loss = self.criterion(logits, target)
+        loss = self.loss(logits, target)
         if coefficients is None:
             return loss
         if other is None:
             return coefficients[0] * loss
-        return coefficients[0] * loss + coefficients[1] * self.criterion(logits, other)
+        return coefficients[0] * loss + coefficients[1] * self.loss(logits, other)
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """What the optimiser updates; a group may have a weight decay of its own."""
+        return [{"params": list(self.parameters())}]
+
+
+class EmbeddingObjective(Objective):
+    """Network and a loss of its logits and embeddings.
+
+    Args:
+        network: Gives embeddings (N, D) and from them logits (N, C).
+        loss: Of logits, embeddings and class indices.
+    """
+
+    contrasts_the_batch = True
+
+    def __init__(self, network: ImageNetwork, loss: ELMLoss) -> None:
+        super().__init__(network, loss)
+
+    @property
+    def criterion(self) -> MarginCrossEntropyLoss:
+        return self.loss.logit_loss
+
+    def forward(
+        self, images: Tensor, target: Tensor, other: Tensor | None = None, coefficients: Tensor | None = None
+    ) -> Tensor:
+        """The loss; an image's part of it depends on the whole batch, so that nothing else can be given.
+
+        Raises:
+            ValueError: ``other`` or ``coefficients`` are given.
+        """
+        if other is not None or coefficients is not None:
+            raise ValueError(
+                "other, coefficients: the embedding loss is that of a whole batch, neither mixed nor divided"
+            )
+        embedding = self.network.features(images)
+        return self.loss(self.network.classifier(embedding), embedding, target)
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Prototypes without weight decay: only their directions count, and it would change how fast they turn."""
+        prototypes = list(self.loss.embedding_loss.parameters())
+        known = {id(parameter) for parameter in prototypes}
+        rest = [parameter for parameter in self.parameters() if id(parameter) not in known]
+        return [{"params": rest}, {"params": prototypes, "weight_decay": 0.0}]
 
 
 class FocalLoss(MarginCrossEntropyLoss):
@@ -230,6 +284,40 @@ class CosFace(MethodSettings):
 
 
 @dataclass(frozen=True)
+class EmbeddingAndLogitMargins(MethodSettings):
+    """ELM, arXiv:2204.13208: logit adjustment plus a loss of embeddings. The embedding loss is a reconstruction."""
+
+    form: Form = "A"
+    """Embedding loss: A mirror of the logit loss, B weighted supervised contrast, C class-pooled, D attraction only."""
+    weight: float = 0.1
+    """lambda, what the embedding loss is multiplied by."""
+    tau: float = 1.0
+    """Strength of the log-prior added to the logits in training."""
+    temperature: float = 0.1
+    """Of the similarities of embeddings."""
+    tau_e: float = 1.0
+    """Strength of the prior in the embedding loss; has to be 0 for forms B and D, which have none."""
+    g: float = 0.0
+    """Anchors of class y count (n_max / n_y)^g in the embedding loss."""
+
+    def __post_init__(self) -> None:
+        for name in ("weight", "tau", "tau_e", "g"):
+            _at_least(name, getattr(self, name), 0)
+        _at_least("temperature", self.temperature, 0, exclusive=True)
+        if self.tau_e and self.form not in WITH_PRIOR:
+            raise TrainerError(f"tau_e: form {self.form} has no prior, expected 0, got {self.tau_e:g}")
+
+    def criterion(self, class_counts: Sequence[int], epochs: float) -> MarginCrossEntropyLoss:
+        return LogitAdjustedLoss(class_counts, self.tau)
+
+    def objective(self, network: ImageNetwork, class_counts: Sequence[int], epochs: float) -> Objective:
+        embedding_loss = EmbeddingMarginLoss(
+            class_counts, network.embedding_dim, self.form, self.temperature, self.tau_e, self.g
+        )
+        return EmbeddingObjective(network, ELMLoss(self.criterion(class_counts, epochs), embedding_loss, self.weight))
+
+
+@dataclass(frozen=True)
 class Method:
     """A row of the table.
 
@@ -238,12 +326,14 @@ class Method:
         settings: The loss with the settings fixed before any run.
         for_dataset: Other settings for some data sets.
         mixing: Mixing of images, where that is what the method is about.
+        views: Augmented copies of every image in its batch.
     """
 
     title: str
     settings: MethodSettings
     for_dataset: Mapping[str, MethodSettings] = field(default_factory=dict)
     mixing: Mixing = field(default_factory=Mixing)
+    views: int = 1
 
     def settings_for(self, dataset: str) -> MethodSettings:
         return self.for_dataset.get(dataset, self.settings)
@@ -262,4 +352,8 @@ METHODS: dict[str, Method] = {
     "vs": Method("VS", VectorScaling(gamma=0.05, tau=1.0), {"cifar10": VectorScaling(gamma=0.2, tau=1.2)}),
     "cosface": Method("CosFace", CosFace()),
     "ce-mixup": Method("CE + mixup", CrossEntropy(), mixing=Mixing(kind="mixup", alpha=1.0)),
+    # ELM, and what it is compared with at the same number of views and steps.
+    "two-view-ce": Method("CE, two views", CrossEntropy(), views=2),
+    "two-view-logit-adjustment": Method("logit adj., two views", LogitAdjustment(), views=2),
+    "elm": Method("ELM (A)", EmbeddingAndLogitMargins(), views=2),
 }

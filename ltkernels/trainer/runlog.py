@@ -18,10 +18,12 @@ from torch import Tensor
 
 from ltkernels.trainer.image_recipes import ImageRecipe
 from ltkernels.trainer.metrics import COLUMNS, probabilities_of
+from ltkernels.trainer.papers.elm_measures import Outputs
 from ltkernels.trainer.runfolder import RunFolder
 
 LOG_FILE = "log.csv"
 PREDICTIONS_FILE = "predictions.npz"
+FEATURES_FILE = "features.npz"
 _COLUMNS = ("step", "epoch", "lr", "train_loss", *(name for name, _ in COLUMNS))
 
 
@@ -139,6 +141,20 @@ def predictions(logits: Tensor, scale: float | Tensor, target: Tensor) -> bytes:
         predicted=predicted.to(torch.int32).numpy(),
         confidence=confidence.numpy(),
         target=target.cpu().to(torch.int32).numpy(),
+    )
+    return file.getvalue()
+
+
+def features(train: Outputs, test_embedding: Tensor) -> bytes:
+    """An .npz of float16: ``train_embedding`` (N, D), ``train_logits`` (N, C) and ``train_target`` (N,) int32 of the
+    training images without augmentation, ``test_embedding`` (M, D) of the evaluation images."""
+    file = io.BytesIO()
+    np.savez_compressed(
+        file,
+        train_embedding=train.embedding.to(torch.float16).numpy(),
+        train_logits=train.logits.to(torch.float16).numpy(),
+        train_target=train.target.cpu().to(torch.int32).numpy(),
+        test_embedding=test_embedding.to(torch.float16).numpy(),
     )
     return file.getvalue()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from lightning_fabric import Fabric
@@ -61,8 +62,8 @@ def _divisor(labels: Tensor, criterion: MarginCrossEntropyLoss) -> Tensor:
     return criterion.weight[labels].sum()
 
 
-def make_optimizer(recipe: ImageRecipe, parameters: Iterable[nn.Parameter]) -> SGD:
-    """SGD, fused into one kernel where the device has it."""
+def make_optimizer(recipe: ImageRecipe, parameters: Iterable[nn.Parameter] | list[dict[str, Any]]) -> SGD:
+    """SGD of parameters or groups of them, fused into one kernel where the device has it."""
     parameters = list(parameters)
     options = dict(lr=recipe.lr, momentum=recipe.momentum, nesterov=recipe.nesterov, weight_decay=recipe.weight_decay)
     try:

@@ -1,0 +1,141 @@
+"""The tables of docs/reproduction: which runs each of them is made of, the most valuable first.
+
+A new table is an entry in ``TABLES``; a method that is new in ``METHODS`` enters the supervised ones by itself.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from ltkernels.trainer import TrainerError
+from ltkernels.trainer.image_recipes import IMAGE_RECIPES, TIERS, ImageRecipe, Tier
+from ltkernels.trainer.methods import METHODS
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A line of a table: a recipe trained with several seeds.
+
+    Args:
+        label: Its name in the table.
+        recipe: Name in ``IMAGE_RECIPES``.
+        change: What the table changes in the recipe.
+        post_hoc: Also apply the post-hoc methods to each run.
+    """
+
+    label: str
+    recipe: str
+    change: Callable[[ImageRecipe], ImageRecipe] = lambda recipe: recipe
+    post_hoc: bool = False
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """One run of a table."""
+
+    arm: Arm
+    recipe: ImageRecipe
+
+    @property
+    def name(self) -> str:
+        """Of its folder: other settings, seeds or numbers of steps have another name."""
+        return f"{self.arm.recipe}-{self.recipe.hash}"
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table.
+
+    Args:
+        title: Above it.
+        arms: Its lines, the most valuable first.
+        seeds: Each arm is trained with each of them.
+        subset_seeds: And on each of these subsets.
+    """
+
+    title: str
+    arms: tuple[Arm, ...]
+    seeds: tuple[int, ...] = (0, 1, 2)
+    subset_seeds: tuple[int, ...] = (0,)
+
+    def runs(self, tier: Tier) -> Iterator[PlannedRun]:
+        """All runs in the order of their value: every arm once before any arm twice."""
+        for subset_seed in self.subset_seeds:
+            for seed in self.seeds:
+                for arm in self.arms:
+                    recipe = arm.change(IMAGE_RECIPES[arm.recipe])
+                    long_tail = dataclasses.replace(recipe.long_tail, subset_seed=subset_seed)
+                    steps = TIERS[tier]
+                    yield PlannedRun(arm, dataclasses.replace(recipe, seed=seed, long_tail=long_tail, steps=steps))
+
+
+# Two views of every image and the steps of the other arms: methods of the embedding, and what they are compared with.
+_TWO_VIEWS = tuple(name for name, method in METHODS.items() if method.views > 1)
+_SUPERVISED = ("ce", "ldam-drw", "logit-adjustment", "vs", "balanced-softmax")
+ELM_WEIGHTS = (0.03, 0.1, 0.3, 1.0)
+"""Weights of the embedding loss that are tried on the validation images."""
+
+# Images of the largest class and validation images of each class while settings are chosen.
+_TUNING = {"cifar10": (4500, 500), "cifar100": (450, 50), "fashion-mnist": (5400, 600)}
+
+
+def _supervised(title: str, task: str) -> Table:
+    rest = tuple(name for name in METHODS if name not in (*_SUPERVISED, *_TWO_VIEWS))
+    return Table(
+        title,
+        tuple(Arm(METHODS[name].title, f"{task}-{name}", post_hoc=name == "ce") for name in (*_SUPERVISED, *rest)),
+    )
+
+
+def _elm(title: str, task: str) -> Table:
+    arms = tuple(Arm(METHODS[name].title, f"{task}-{name}") for name in _TWO_VIEWS)
+    return Table(title, arms, subset_seeds=(0, 1))
+
+
+def _elm_tuning(title: str, task: str) -> Table:
+    def weighted(recipe: ImageRecipe, weight: float) -> ImageRecipe:
+        return _on_validation(dataclasses.replace(recipe, settings=dataclasses.replace(recipe.settings, weight=weight)))
+
+    baseline = "two-view-logit-adjustment"
+    arms = [Arm(METHODS[baseline].title, f"{task}-{baseline}", _on_validation)]
+    for weight in ELM_WEIGHTS:
+        label = f"{METHODS['elm'].title}, lambda {weight:g}"
+        arms.append(Arm(label, f"{task}-elm", functools.partial(weighted, weight=weight)))
+    return Table(title, tuple(arms), seeds=(0,))
+
+
+def _on_validation(recipe: ImageRecipe) -> ImageRecipe:
+    max_count, held_out = _TUNING[recipe.dataset]
+    long_tail = dataclasses.replace(recipe.long_tail, max_count=max_count, validation_per_class=held_out)
+    return dataclasses.replace(recipe, long_tail=long_tail)
+
+
+_TASKS = {
+    "cifar100": ("cifar100-lt", "CIFAR-100-LT, imbalance factor 100"),
+    "cifar10": ("cifar10-lt", "CIFAR-10-LT, imbalance factor 100"),
+    "fashion": ("fashion-lt", "Fashion-MNIST-LT, imbalance factor 100"),
+}
+
+TABLES: dict[str, Table] = {
+    name: table
+    for short, (task, title) in _TASKS.items()
+    for name, table in {
+        f"supervised-{short}": _supervised(title, task),
+        f"elm-{short}": _elm(f"ELM on {title}", task),
+        f"elm-tuning-{short}": _elm_tuning(f"ELM on {title}: weight of the embedding loss, on validation images", task),
+    }.items()
+}
+
+
+def table_named(name: str) -> Table:
+    """The table of this name.
+
+    Raises:
+        TrainerError: there is none.
+    """
+    if name not in TABLES:
+        raise TrainerError(f"unknown table {name!r}: known are {', '.join(TABLES)}")
+    return TABLES[name]
