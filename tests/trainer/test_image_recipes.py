@@ -47,7 +47,8 @@ def test_tiers_are_two_hundred_epochs_and_a_fifth():
     assert dataclasses.replace(RECIPE, steps=3400).tier == "short"
     assert dataclasses.replace(RECIPE, steps=100).tier == "100 steps of 128"
     assert dataclasses.replace(RECIPE, batch_size=64).tier == "17000 steps of 64"
-    assert dataclasses.replace(RECIPE, views=2).tier == "17000 steps of 128 x 2 views"
+    assert dataclasses.replace(RECIPE, views=2).tier == "full, 2 views"
+    assert dataclasses.replace(RECIPE, steps=100, views=2).tier == "100 steps of 128, 2 views"
 
 
 @pytest.mark.parametrize("steps", [17000, 3400])

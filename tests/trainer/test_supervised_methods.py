@@ -49,6 +49,9 @@ PAPERS = {
     "vs": lambda f, y: F.cross_entropy(f * (SHRINK**0.05).float() + PRIOR, y),
     "cosface": lambda f, y: F.cross_entropy(30 * one_hot_minus(f, y, 0.35), y),
     "ce-mixup": F.cross_entropy,
+    "two-view-ce": F.cross_entropy,
+    "two-view-logit-adjustment": lambda f, y: F.cross_entropy(f + PRIOR, y),
+    "elm": lambda f, y: F.cross_entropy(f + PRIOR, y),  # of the logits
 }
 
 
