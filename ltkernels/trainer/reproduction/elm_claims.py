@@ -1,0 +1,112 @@
+"""The claims of ELM's abstract, each with the one metric that decides it, fixed before the runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from statistics import mean
+from typing import Literal, TypeAlias
+
+from ltkernels.trainer.metrics import PairedDifference
+from ltkernels.trainer.report import EMPTY
+from ltkernels.trainer.reproduction.page import FEWEST_PAIRS
+from ltkernels.trainer.reproduction.runs import Line, StoredRun
+
+Verdict: TypeAlias = Literal["supported", "not worse", "inconclusive", "refuted", "not decided"]
+
+LARGEST_RATIO = 0.9
+"""Of the few-shot relative spreads: a claim of tighter embeddings asks for a tenth less."""
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What the pairs of runs say about a claim.
+
+    Args:
+        claim: In words.
+        metric: The primary one, and on which images.
+        result: Its values.
+        difference: Of the metric, ELM minus logit margins only; None without two pairs.
+        pairs: Number of pairs.
+        verdict: In a word.
+        reason: Why nothing is decided, where nothing is.
+    """
+
+    claim: str
+    metric: str
+    result: str
+    difference: PairedDifference | None
+    pairs: int
+    verdict: Verdict
+    reason: str = ""
+
+
+def decide(elm: Line, logit_only: Line) -> list[Decision]:
+    """The three claims on the pairs of runs that the two lines have."""
+    return [_tighter(elm, logit_only), _accurate(elm, logit_only), _narrower(elm, logit_only)]
+
+
+def group_mean(run: StoredRun, group: str, measure: str) -> float | None:
+    """Mean of one of ELM's measures over the classes of a group; None without classes or measures."""
+    return None if run.measures is None else run.measures.group_means()[group][measure]
+
+
+def _tighter(elm: Line, logit_only: Line) -> Decision:
+    claim = f"Tail embeddings are tighter: a spread of at most {LARGEST_RATIO:g} times that of logit margins only"
+    metric = "relative spread of the few-shot classes, test images"
+    difference, pairs = elm.against(logit_only, lambda _, run: group_mean(run, "few", "relative_spread"))
+    ratio = mean_ratio(elm, logit_only)
+    result = EMPTY if ratio is None else f"mean ratio {ratio:.3f}"
+    undecided = _undecided(difference, pairs, has_group=ratio is not None)
+    if undecided or difference is None or ratio is None:
+        return Decision(claim, metric, result, difference, pairs, "not decided", undecided)
+    verdict: Verdict = "inconclusive"
+    if difference.low > 0:
+        verdict = "refuted"
+    elif difference.high < 0:
+        verdict = "supported" if ratio <= LARGEST_RATIO else "not worse"
+    return Decision(claim, metric, result, difference, pairs, verdict)
+
+
+def mean_ratio(elm: Line, logit_only: Line) -> float | None:
+    """Mean over the pairs of runs of the ratio of few-shot relative spreads; None without pairs or such classes."""
+    theirs = {run.pair: group_mean(run, "few", "relative_spread") for run in logit_only.runs}
+    ours = {run.pair: group_mean(run, "few", "relative_spread") for run in elm.runs}
+    pairs = sorted(pair for pair in ours.keys() & theirs.keys() if None not in (ours[pair], theirs[pair]))
+    return mean(ours[pair] / theirs[pair] for pair in pairs) if pairs else None
+
+
+def _accurate(elm: Line, logit_only: Line) -> Decision:
+    claim, metric = "Balanced accuracy is not worse", "accuracy on the balanced test set, points"
+    difference, pairs = elm.against(logit_only, lambda side, run: side.scores(run)["overall"])
+    undecided = _undecided(difference, pairs)
+    if undecided or difference is None:
+        return Decision(claim, metric, _mean(difference, 2), difference, pairs, "not decided", undecided)
+    verdict: Verdict = "refuted" if difference.claim == "worse" else difference.claim
+    return Decision(claim, metric, _mean(difference, 2), difference, pairs, verdict)
+
+
+def _narrower(elm: Line, logit_only: Line) -> Decision:
+    claim = "The generalisation gap is smaller"
+    metric = "loss gap, mean over all classes, nats"
+    difference, pairs = elm.against(logit_only, lambda _, run: group_mean(run, "all", "loss_gap"))
+    undecided = _undecided(difference, pairs)
+    if undecided or difference is None:
+        return Decision(claim, metric, _mean(difference, 3), difference, pairs, "not decided", undecided)
+    verdict: Verdict = "inconclusive"
+    if difference.low > 0:
+        verdict = "refuted"
+    elif difference.high < 0:
+        verdict = "supported"
+    return Decision(claim, metric, _mean(difference, 3), difference, pairs, verdict)
+
+
+def _mean(difference: PairedDifference | None, digits: int) -> str:
+    return EMPTY if difference is None else f"mean difference {difference.mean:+.{digits}f}"
+
+
+def _undecided(difference: PairedDifference | None, pairs: int, has_group: bool = True) -> str:
+    if pairs == 0 and not has_group:
+        return "no few-shot classes, or no pairs with measures"
+    if difference is None or pairs < FEWEST_PAIRS:
+        return f"too few pairs: {pairs} of {FEWEST_PAIRS}"
+    return ""

@@ -1,0 +1,77 @@
+"""What a page is made from, and what it is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ltkernels.trainer.image_recipes import TIERS, Tier
+from ltkernels.trainer.reproduction.page import read_notes
+from ltkernels.trainer.reproduction.runs import Section, StoredRun, read, sections
+from ltkernels.trainer.tables import TABLES
+
+
+@dataclass(frozen=True, eq=False)
+class Page:
+    """A page and its pictures, by the names of their files."""
+
+    text: str
+    pictures: Mapping[str, bytes] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class Inputs:
+    """Stored results and the folders of a report.
+
+    Args:
+        stored: Runs by the name of the table and the tier of the file.
+        out: Folder of the pages; it may hold notes and pictures of an earlier report.
+        runs: Folder with run folders, for pictures that need embeddings.
+    """
+
+    stored: Mapping[tuple[str, Tier], list[StoredRun]]
+    out: Path
+    runs: Path | None = None
+
+    @classmethod
+    def load(cls, results: Path, out: Path, runs: Path | None = None) -> Inputs:
+        """Everything that is there of the tables this library knows.
+
+        Raises:
+            TrainerError: a file cannot be read, or is not one of results.
+        """
+        stored = {}
+        for table in TABLES:
+            for tier in TIERS:
+                file = results / f"{table}-{tier}.json"
+                if file.is_file() and (found := read(file)):
+                    stored[table, tier] = found
+        return cls(stored, out, runs)
+
+    def sections(self, table: str) -> list[Section]:
+        """Of a table, the full tier first."""
+        arms = [arm.label for arm in TABLES[table].arms]
+        return [
+            section for tier in TIERS for section in sections(table, tier, self.stored.get((table, tier), []), arms)
+        ]
+
+    def notes(self, page: str) -> str:
+        return read_notes(self.out, page)
+
+
+def without_runs(inputs: Inputs, tables: list[str]) -> list[str]:
+    """A sentence on the tables and tiers that no run was stored of; none where all have one."""
+    missing = [
+        f"{TABLES[table].title} ({tier} tier)"
+        for table in tables
+        for tier in TIERS
+        if (table, tier) not in inputs.stored
+    ]
+    return [f"Not run yet: {'; '.join(missing)}."] if missing else []
+
+
+def arms_without_runs(section: Section) -> list[str]:
+    """Labels of the arms of its table that the section has no run of."""
+    present = {run["arm"] for run in section.runs}
+    return [arm.label for arm in TABLES[section.table].arms if arm.label not in present]

@@ -1,0 +1,156 @@
+"""Parts that the pages share: cells, tables, the box at the top, and what the runs were made with."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from statistics import mean, median, stdev
+
+from ltkernels.trainer import TrainerError
+from ltkernels.trainer.metrics import PairedDifference
+from ltkernels.trainer.report import EMPTY, markdown_table
+from ltkernels.trainer.reproduction.runs import Section, StoredRun
+
+FEWEST_PAIRS = 6
+SHORT_HASH = 12
+
+
+def cell(values: Sequence[float | None], digits: int = 2) -> str:
+    """``mean ±std``, the mean alone of one run, ``-`` where there is nothing to average."""
+    present = [value for value in values if value is not None]
+    if not present:
+        return EMPTY
+    spread = f" ±{stdev(present):.{digits}f}" if len(present) > 1 else ""
+    return f"{mean(present):.{digits}f}{spread}"
+
+
+def numbers(values: Iterable[int]) -> str:
+    return ", ".join(map(str, values))
+
+
+def listed(names: Sequence[str]) -> str:
+    """``a``, ``a and b``, ``a, b and c``."""
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+
+
+def interval(difference: PairedDifference | None, digits: int = 2) -> str:
+    if difference is None:
+        return EMPTY
+    return f"[{difference.low:+.{digits}f}, {difference.high:+.{digits}f}]"
+
+
+def difference_mean(difference: PairedDifference | None, digits: int = 2) -> str:
+    return EMPTY if difference is None else f"{difference.mean:+.{digits}f}"
+
+
+def box(points: Sequence[str], notes: str) -> list[str]:
+    """The box that opens a page; ``notes`` follow its points as they are."""
+    lines = ["> **Not reproduced here**", ">", *(f"> - {point}" for point in points)]
+    if notes.strip():
+        lines += [">", *(f"> {line}".rstrip() for line in notes.strip().splitlines())]
+    return [*lines, ""]
+
+
+def read_notes(out: Path, page: str) -> str:
+    """Content of ``notes-PAGE.md``, nothing where there is none.
+
+    Raises:
+        TrainerError: the file cannot be read.
+    """
+    file = out / f"notes-{page}.md"
+    try:
+        return file.read_text() if file.is_file() else ""
+    except (OSError, UnicodeDecodeError) as error:
+        raise TrainerError(f"{file}: cannot be read: {error}") from error
+
+
+def hardware_table(section: Section) -> str:
+    """What the runs were made with, and how long one took."""
+    groups: dict[tuple[str, str, str, str], list[StoredRun]] = {}
+    for run in section.runs:
+        device = run["cpu"] if run["device"] == "cpu" else f"{run['device']}; {run['cpu']}"
+        key = (str(device), str(run["threads"]), str(run["torch"]), str(run.recipe["views"]))
+        groups.setdefault(key, []).append(run)
+    rows = [
+        [*key, f"{len(runs)}", _minutes(median(run["seconds"] for run in runs))] for key, runs in sorted(groups.items())
+    ]
+    return markdown_table(["hardware", "threads", "torch", "views", "runs", "wall time a run (median)"], rows)
+
+
+def _minutes(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.1f} min"
+
+
+def epochs_of(section: Section) -> float:
+    return section.recipe["steps"] / math.ceil(sum(section.counts) / section.recipe["batch_size"])
+
+
+def protocol(section: Section) -> list[str]:
+    """Data, network, schedule, hardware and fingerprints of a section."""
+    recipe, counts = section.recipe, section.counts
+    steps, batch = recipe["steps"], recipe["batch_size"]
+    dates = sorted({str(run["date"])[:10] for run in section.runs})
+    drops = listed([f"x{factor:g} at {share:.0%}" for share, factor in zip(recipe["drops"], recipe["factors"],
+                    strict=True)]) if recipe["drops"] else "no drops"  # fmt: skip
+    schedule = drops if recipe["schedule"] == "step" else "a cosine"
+    views = f", {recipe['views']} views of every image" if recipe["views"] > 1 else ""
+    test_set = "held-out validation images" if recipe["long_tail"]["validation_per_class"] else "balanced test set"
+    return [
+        f"- Data: {sum(counts):,} training images, {counts[0]:,} of the largest class, {counts[-1]:,} of the smallest; "
+        f"evaluated on the {test_set} (sha256 of its images {_fingerprints(section, 'test_fingerprint')}).",
+        *(f"- Subset {seed}: sha256 of its training images {found}." for seed, found in _subsets(section)),
+        f"- {steps:,} steps of {batch} images{views} = {epochs_of(section):.1f} epochs; {recipe['model']}, "
+        f"{recipe['precision']}; SGD with lr {recipe['lr']:g}, momentum {recipe['momentum']:g}, weight decay "
+        f"{recipe['weight_decay']:g}; warm-up over {recipe['warmup']:.1%} of the steps, then {schedule}."
+        + (" Lines of a table that differ in these settings say so." if _settings_differ(section) else ""),
+        f"- Settings of the methods: {'; '.join(_method_settings(section))}.",
+        f"- Trained {dates[0] if len(dates) == 1 else f'{dates[0]} to {dates[-1]}'}. The wall time of a run that was "
+        "stopped and resumed is that of its last part.",
+    ]
+
+
+def _settings_differ(section: Section) -> bool:
+    names = ("lr", "momentum", "weight_decay", "schedule", "warmup", "drops", "factors")
+    return any(run.recipe[name] != section.recipe[name] for run in section.runs for name in names)
+
+
+def _method_settings(section: Section) -> list[str]:
+    found = {}
+    for line in section.lines:
+        if not line.post_hoc:
+            recipe = line.runs[0].recipe
+            settings = [f"{name} {value}" for name, value in recipe["settings"].items()]
+            mixing = recipe["mixing"]
+            settings += [f"{mixing['kind']} with alpha {mixing['alpha']}"] if mixing["kind"] != "none" else []
+            found[line.title] = ", ".join(settings)
+    return [f"{title} {settings}" if settings else f"{title} none" for title, settings in found.items()]
+
+
+def _fingerprints(section: Section, name: str) -> str:
+    return listed(sorted({f"`{run[name][:SHORT_HASH]}`" for run in section.runs}))
+
+
+def _subsets(section: Section) -> list[tuple[int, str]]:
+    found: dict[int, set[str]] = {}
+    for run in section.runs:
+        found.setdefault(run.pair.subset_seed, set()).add(f"`{run['train_fingerprint'][:SHORT_HASH]}`")
+    return [(seed, listed(sorted(found[seed]))) for seed in sorted(found)]
+
+
+def folded_runs(section: Section) -> list[str]:
+    """All runs with their recipe hashes, folded away."""
+    rows = [
+        [f"`{run.hash}`", line.title, *map(str, run.pair), str(run["date"])[:10], f"{run['seconds']:.0f}"]
+        for line in section.lines
+        if line.post_hoc is None
+        for run in line.runs
+    ]
+    table = markdown_table(["recipe hash", "arm", "seed", "subset seed", "date", "seconds"], rows)
+    return [f"<details><summary>{len(rows)} runs and their recipe hashes</summary>", "", table, "</details>", ""]
+
+
+def commands(tables: Iterable[tuple[str, str]]) -> list[str]:
+    """The command lines that make the page, from nothing."""
+    lines = [f"ltkernels table {table} --tier {tier}" for table, tier in tables]
+    return ["```", *lines, "ltkernels report", "```", ""]
