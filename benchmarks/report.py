@@ -13,10 +13,10 @@ import argparse
 import sys
 from pathlib import Path
 
-from benchmarks import report_auxiliary, report_contrastive, report_linear, report_margin
+from benchmarks import report_auxiliary, report_contrastive, report_linear, report_margin, report_trainer
 from benchmarks.results import Results, ResultsError, load
 from benchmarks.tables import number
-from benchmarks.targets import targets
+from benchmarks.targets import Target, targets
 
 RESULTS = Path(__file__).parent / "results"
 REPORTS = {
@@ -24,6 +24,7 @@ REPORTS = {
     "auxiliary": report_auxiliary,
     "linear": report_linear,
     "contrastive": report_contrastive,
+    "trainer": report_trainer,
 }
 
 
@@ -34,6 +35,10 @@ def markdown(results: Results) -> str:
 
 def main_table(results: Results) -> str:
     return REPORTS[results.family].main_table(results)
+
+
+def _targets(results: Results) -> list[Target]:
+    return report_trainer.targets(results) if results.family == "trainer" else targets(results)
 
 
 def _tests(results: Results) -> str:
@@ -54,11 +59,13 @@ def write(results: Results, name: str, out: Path) -> list[Path]:
     results.save(files[0])
     pictures = ""
     try:
+        from benchmarks import chart_trainer
         from benchmarks.chart import PLOTS, draw
     except ImportError as error:
         print(f"No bar chart: {error}. Install matplotlib for it.", file=sys.stderr)
     else:
-        drawn = {f"{name}.png": (draw, "The main results as bars")}
+        bars = chart_trainer.draw if results.family == "trainer" else draw
+        drawn = {f"{name}.png": (bars, "The main results as bars")}
         drawn |= {f"{name}-{plot}.png": one for plot, one in PLOTS.get(results.family, {}).items()}
         for file, (picture, text) in drawn.items():
             picture(results, out / file)
@@ -90,7 +97,7 @@ def main(arguments: list[str] | None = None) -> None:
     for results in families.values():
         for path in write(results, name, options.out):
             print(path)
-        for target in targets(results):
+        for target in _targets(results):
             measured = number(target.measured) or "-"
             print(f"{target.verdict.strip('*'):>12}  {target.text}: {measured} ({target.wanted_text})")
 

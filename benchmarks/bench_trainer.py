@@ -1,0 +1,58 @@
+"""The reference trainer against the loop that repositories share: one step on CIFAR-100-LT, ResNet-32, LDAM-DRW.
+
+A test is named by the row of the table, ``test_step[plain]``.
+"""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from benchmarks.interleave import Effort
+
+for package in ("lightning_fabric", "tyro", "rich", "PIL"):
+    pytest.importorskip(package, reason=f"the trainer needs {package}: pip install ltkernels[trainer]")
+
+from benchmarks.suite import Measured  # noqa: E402
+from benchmarks.trainer import METHOD, ROWS, Size, Task, make_task, measure  # noqa: E402
+
+_COLLECTED = time.monotonic()  # what --time-limit counts from
+
+
+@pytest.fixture(scope="module")
+def measured(request: pytest.FixtureRequest) -> tuple[Task, dict[str, Measured]]:
+    """All selected rows that this machine can run, timed in one loop."""
+    option = request.config.option
+    if time.monotonic() - _COLLECTED > option.time_limit:
+        pytest.skip("the time limit has passed")
+    items = [item for item in request.session.items if getattr(item, "module", None) is request.module]
+    names = {item.callspec.params["row"] for item in items}
+    rows = [ROWS[name] for name in ROWS if name in names and ROWS[name].reason_to_leave_out(option.device) is None]
+    size = Size.quick() if option.quick else Size()
+    effort = Effort(0.1, min_rounds=3, max_rounds=3) if option.quick else Effort(option.seconds, option.min_rounds)
+    task = make_task(size)
+    return task, measure(rows, task, option.device, effort, size)
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_step(row, request, record):
+    device = request.config.option.device
+    reason = ROWS[row].reason_to_leave_out(device)
+    if reason is not None:
+        pytest.skip(reason)
+    task, results = request.getfixturevalue("measured")
+    result = results[row]
+    if result.failure is not None:
+        raise result.failure
+    info = {
+        "family": "trainer",
+        "shape": task.shape,
+        "dtype": ROWS[row].dtype,
+        "upstream": METHOD,
+        "variant": row,
+        "device": device,
+        "loss_error": result.loss_error,
+        "gradient_error": result.gradient_error,
+    }
+    record(result.samples, f"trainer {task.shape}", info)
