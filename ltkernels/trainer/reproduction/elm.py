@@ -93,7 +93,13 @@ def _left_out(sections: Sequence[Section], tuned: Sequence[Section]) -> Iterator
     for section in (*sections, *tuned):
         missing = arms_without_runs(section)
         if missing:
-            yield f"{section.title}: not run yet: {'; '.join(missing)}."
+            yield f"{section.title}, not run yet: {'; '.join(missing)}."
+    if tuned:
+        yield (
+            "Equal tuning: the weight of ELM was chosen among "
+            f"{max(sum(weight_of(line) is not None for line in section.lines) for section in tuned)} values, while "
+            "tau of logit margins only stayed at its default, so ELM had the larger search."
+        )
     if sections and not any(section.tier.startswith("full") for section in sections):
         yield (
             f"No run is of the full tier ({TIERS['full']:,} steps): the claims are about {TIERS['short']:,} steps with "
@@ -139,7 +145,7 @@ def _section(section: Section, inputs: Inputs, pictures: dict[str, bytes], tuned
         *_decisions(section),
         *_weight_used(section, tuned),
         _accuracies(section),
-        *([f"Not run yet: {', '.join(missing)}.", ""] if missing else []),
+        *([f"Not run yet: {'; '.join(missing)}.", ""] if missing else []),
         *_measures(section),
         *_pictures(section, inputs, pictures),
         "### Protocol",
@@ -247,6 +253,9 @@ def _tuning(section: Section) -> list[str]:
         "",
         markdown_table(headings, rows),
         *_choice(section, chosen),
+        *protocol(section),
+        "",
+        hardware_table(section),
         *folded_runs(section),
     ]
 

@@ -47,7 +47,7 @@ def decide(elm: Line, logit_only: Line) -> list[Decision]:
 
 def group_mean(run: StoredRun, group: str, measure: str) -> float | None:
     """Mean of one of ELM's measures over the classes of a group; None without classes or measures."""
-    return None if run.measures is None else run.measures.group_means()[group][measure]
+    return None if run.group_means is None else run.group_means[group][measure]
 
 
 def _tighter(elm: Line, logit_only: Line) -> Decision:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ltkernels.trainer.image_recipes import TIERS, Tier
-from ltkernels.trainer.reproduction.page import read_notes
+from ltkernels.trainer.reproduction.page import listed, read_notes
 from ltkernels.trainer.reproduction.runs import Section, StoredRun, read, sections
 from ltkernels.trainer.tables import TABLES
 
@@ -62,13 +62,9 @@ class Inputs:
 
 def without_runs(inputs: Inputs, tables: list[str]) -> list[str]:
     """A sentence on the tables and tiers that no run was stored of; none where all have one."""
-    missing = [
-        f"{TABLES[table].title} ({tier} tier)"
-        for table in tables
-        for tier in TIERS
-        if (table, tier) not in inputs.stored
-    ]
-    return [f"Not run yet: {'; '.join(missing)}."] if missing else []
+    missing = {table: [tier for tier in TIERS if (table, tier) not in inputs.stored] for table in tables}
+    named = [f"{TABLES[table].title} ({listed(tiers)} tier)" for table, tiers in missing.items() if tiers]
+    return [f"Not run yet: {'; '.join(named)}."] if named else []
 
 
 def arms_without_runs(section: Section) -> list[str]:

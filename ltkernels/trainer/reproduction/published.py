@@ -60,12 +60,14 @@ MAX_COUNTS = {"cifar100": 500, "cifar10": 5000}
 """Images of the largest class in every setting of this module."""
 NETWORK = "resnet32"
 """Of every number of this module."""
+EPOCHS = 200
+"""Of the numbers with a standard deviation."""
 
 DDC = Source(
     "a",
-    "DDC repository, table of the supervised baselines",
+    "DDC repository",
     "ResNet-32, 200 epochs, weight decay 2e-4, crop and flip; mean ± standard deviation",
-    "It does not say whether its numbers are of the last or of the best epoch (its code logs the best on the test "
+    "does not say whether its numbers are of the last or of the best epoch (its code logs the best on the test "
     "set), nor how many runs they are means of, nor gamma and tau of VS at 200 epochs.",
 )
 TRICKS = Source(

@@ -67,6 +67,11 @@ class StoredRun:
         return ElmMeasures.from_json(stored if isinstance(stored, str) else json.dumps(stored))
 
     @cached_property
+    def group_means(self) -> dict[str, dict[str, float | None]] | None:
+        """ELM's measures as means over the classes of each group."""
+        return None if self.measures is None else self.measures.group_means()
+
+    @cached_property
     def section_key(self) -> str:
         """Equal for runs that may stand in one table."""
         fields = {name: self.recipe[name] for name in _OF_THE_SECTION}
@@ -187,8 +192,8 @@ class Section:
 
     @property
     def title(self) -> str:
-        tier = re.sub(r"^(\w+)\b", r"\1 tier", self.tier) if self.tier.split(",")[0] in TIERS else self.tier
-        return f"{self.data_title}: {tier}, {self.recipe['model']}, {self.recipe['precision']}"
+        tier = re.sub(r"^(full|short)\b", r"\1 tier", self.tier)
+        return f"{self.data_title}, {tier} ({self.recipe['model']}, {self.recipe['precision']})"
 
     @property
     def slug(self) -> str:

@@ -80,26 +80,27 @@ def with_post_hoc(section: Section) -> Section:
 
 
 def _left_out(sections: list[Section]) -> Iterator[str]:
-    run = {section.setting for section in sections}
-    others = [setting for setting in published.settings() if setting not in run]
+    planned = {published.CIFAR10_EXP100, published.CIFAR100_EXP100}  # without runs they are named among the tables
+    others = [setting for setting in published.settings() if setting not in planned]
+    others = [setting for setting in others if all(section.setting != setting for section in sections)]
     if others:
-        yield f"Numbers are reported for these too, which no run here is of: {'; '.join(map(_setting_title, others))}."
+        yield f"Numbers are reported for these too, but no run is of them: {'; '.join(map(_setting_title, others))}."
     for section in sections:
         missing = not_run(section)
         if missing:
-            yield f"{section.title}: not run yet: {', '.join(missing)}."
+            yield f"{section.title}, not run yet: {'; '.join(missing)}."
     if not any(section.is_full for section in sections):
         yield (
             f"No run is of the full tier ({TIERS['full']:,} steps), so nothing on this page decides whether a reported "
             f"number is reached: the short tier takes {TIERS['short']:,} steps with the schedule scaled."
         )
     for section in sections:
-        if section.is_full and any(len(line.seeds) < FEWEST_SEEDS for line in section.lines):
-            few = [line.title for line in section.lines if len(line.seeds) < FEWEST_SEEDS]
-            yield f"{section.title}: fewer than {FEWEST_SEEDS} seeds of {', '.join(few)}."
+        few = [line.title for line in section.lines if len(line.seeds) < FEWEST_SEEDS]
+        if section.is_full and few:
+            yield f"{section.title}, fewer than {FEWEST_SEEDS} seeds: {'; '.join(few)}."
     for section in sections:
-        if published.methods(section.setting):
-            yield f"{section.title}: {epochs_of(section):.0f} epochs; most of the reported numbers are of 200."
+        if published.methods(section.setting) and round(epochs_of(section)) != published.EPOCHS:
+            yield f"{section.title}: {epochs_of(section):.0f} epochs, the numbers of (a) {published.EPOCHS}."
     if any(section.recipe["long_tail"]["selection"] == "hash" for section in sections):
         yield (
             "The training subsets are other images than the published ones: the selection here sorts the images of a "
@@ -113,7 +114,7 @@ def _left_out(sections: list[Section]) -> Iterator[str]:
         )
     for source in published.SOURCES:
         if source.unsaid and any(published.reported(section.setting, BASELINE) for section in sections):
-            yield f"{source.name}: {source.unsaid}"
+            yield f"({source.letter}) {source.name} {source.unsaid}"
 
 
 def _setting_title(setting: published.Setting) -> str:
@@ -162,7 +163,7 @@ def _section(section: Section, slug: str, pictures: dict[str, bytes]) -> list[st
         "",
         _table(section),
         *_sources(section),
-        *([f"Not run yet: {', '.join(missing)}.", ""] if missing else []),
+        *([f"Not run yet: {'; '.join(missing)}.", ""] if missing else []),
         *_comparisons(section),
         *_pictures(section, slug, pictures),
         "### Protocol",
@@ -227,7 +228,7 @@ def goal(section: Section, line: Line) -> str:
     if len(line.seeds) < FEWEST_SEEDS:
         return f"not decided ({len(line.seeds)} seed{'s' * (len(line.seeds) > 1)})"
     difference = mean(line.values("overall")) - with_goal[0].mean
-    if abs(difference) <= with_goal[0].tolerance:
+    if abs(difference) <= with_goal[0].tolerance + 1e-9:  # 38.06 - 36.00 is above 2.06 in floating point
         return f"yes ({difference:+.2f})"
     return f"no ({abs(difference):.2f} {'above' if difference > 0 else 'below'})"
 

@@ -1,0 +1,498 @@
+"""The pages of docs/reproduction, from made-up results of tables."""
+
+import dataclasses
+import io
+import json
+import re
+import statistics
+
+import numpy as np
+import pytest
+
+pytest.importorskip("lightning_fabric", reason="needs the trainer's dependencies: pip install 'ltkernels[trainer]'")
+
+import stored_results as stored  # noqa: E402
+from rich.console import Console  # noqa: E402
+
+from ltkernels.trainer import TrainerError  # noqa: E402
+from ltkernels.trainer.reproduction import elm, elm_claims, plots, published, runs, supervised  # noqa: E402
+from ltkernels.trainer.reproduction.command import ReportOptions, run_report  # noqa: E402
+from ltkernels.trainer.reproduction.inputs import Inputs  # noqa: E402
+from ltkernels.trainer.tables import TABLES  # noqa: E402
+
+# Typed from the sources: dataset, profile, imbalance factor, method, source, accuracy, standard deviation.
+REPORTED = """
+cifar100 exp 100 ce a 38.06 1.03        cifar100 exp 10 ce a 56.73 0.12         cifar100 step 100 ce a 38.74 0.13
+cifar10 exp 100 ce a 71.25 0.10         cifar10 exp 10 ce a 86.74 0.19          cifar10 step 100 ce a 64.81 1.22
+cifar100 exp 100 ldam-drw a 42.73 0.28  cifar100 exp 10 ldam-drw a 57.75 0.54   cifar100 step 100 ldam-drw a 46.01 0.16
+cifar10 exp 100 ldam-drw a 77.97 0.17   cifar10 exp 10 ldam-drw a 87.96 0.16    cifar10 step 100 ldam-drw a 78.27 0.44
+cifar100 exp 100 vs a 42.67 0.48        cifar100 exp 10 vs a 58.50 0.21         cifar100 step 100 vs a 46.74 0.47
+cifar10 exp 100 vs a 80.29 0.23         cifar10 exp 10 vs a 88.74 0.24          cifar10 step 100 vs a 80.19 0.09
+cifar10 exp 100 ce b 71.95 -            cifar100 exp 100 ce b 37.73 -
+cifar10 exp 100 ldam-drw b 77.73 -      cifar100 exp 100 ldam-drw b 42.47 -
+cifar10 exp 100 cdt b 77.10 -           cifar100 exp 100 cdt b 39.59 -
+cifar10 exp 100 balanced-softmax b 77.54 -  cifar100 exp 100 balanced-softmax b 42.99 -
+cifar10 exp 100 class-balanced b 70.48 -    cifar100 exp 100 class-balanced b 38.97 -
+cifar10 exp 100 ce c 71.36 -            cifar100 exp 100 ce c 39.87 -
+cifar10 exp 100 ce+logit-adjustment c 77.32 -   cifar100 exp 100 ce+logit-adjustment c 44.07 -
+cifar10 exp 100 logit-adjustment c 77.89 -      cifar100 exp 100 logit-adjustment c 44.06 -
+"""
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Without the time that pictures take."""
+    for module, name in (
+        (plots, "per_class_picture"),
+        (plots, "reliability_picture"),
+        (elm, "spread_picture"),
+        (elm, "projection_picture"),
+    ):
+        monkeypatch.setattr(module, name, lambda *arguments: b"a picture")
+
+
+def report(tmp_path, **options):
+    options = ReportOptions(results=tmp_path / "results", out=tmp_path / "out", **options)
+    assert run_report(options, Console(quiet=True)) == 0
+    return (tmp_path / "out" / "supervised.md").read_text(), (tmp_path / "out" / "elm.md").read_text()
+
+
+def rows(text, first_heading="method"):
+    """Rows of the first table with this first heading, as dictionaries."""
+    lines = text.splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith(f"| {first_heading} |"))
+    headings = [cell.strip() for cell in lines[start].strip("|").split("|")]
+    found = []
+    for line in lines[start + 2 :]:
+        if not line.startswith("|"):
+            break
+        found.append(dict(zip(headings, (cell.strip() for cell in line.strip("|").split("|")), strict=True)))
+    return found
+
+
+def parts(text):
+    """The sections of a page by their headings."""
+    found = re.split(r"^## (.+)$", text, flags=re.M)
+    return dict(zip(found[1::2], found[2::2], strict=True))
+
+
+# Reported numbers
+
+
+def test_reported_numbers_are_those_of_the_sources():
+    cells = REPORTED.split()
+    expected = {tuple(cells[i : i + 7]) for i in range(0, len(cells), 7)}
+    found = {
+        (
+            *(setting.dataset, setting.profile, f"{setting.imbalance_factor:g}", method, number.source.letter),
+            *(f"{number.mean:.2f}", "-" if number.std is None else f"{number.std:.2f}"),
+        )
+        for setting in published.settings()
+        for method in published.methods(setting)
+        for number in published.reported(setting, method)
+    }
+    assert found == expected
+
+
+def test_tolerance_is_two_deviations_but_at_least_a_point():
+    numbers = {n.source.letter: n for n in published.reported(published.CIFAR100_EXP100, "ce")}
+    assert numbers["a"].tolerance == pytest.approx(2.06) and numbers["b"].tolerance is None
+    assert published.reported(published.CIFAR10_EXP100, "ce")[0].tolerance == 1.0
+
+
+def test_converted_numbers_and_other_conditions_are_labelled(tmp_path, quick):
+    stored.supervised(tmp_path / "results", seeds=(0,), arms=("ce",))
+    page, _ = report(tmp_path)
+    assert "38.06 ±1.03 (a); 37.73 (b); 39.87 (c)" in page
+    assert re.search(r"- \(b\) Bag of Tricks.*converted here to accuracy", page)
+    assert re.search(r"- \(c\) official code of logit adjustment: a longer schedule", page)
+    assert re.search(r"> - \(a\) DDC repository does not say whether", page)
+
+
+# The supervised page
+
+
+def test_numbers_of_the_page_are_those_of_the_runs(tmp_path, quick):
+    arms = ("ce", "vs", "focal")
+    results = stored.supervised(tmp_path / "results", arms=arms, subset_seeds=(0, 1))
+    page, _ = report(tmp_path)
+    table = {row["method"]: row for row in rows(page)}
+    assert list(table) == ["CE", "CE + tau-norm", "CE + post-hoc logit adj.", "VS", "focal"]
+    for title in ("CE", "VS", "focal"):
+        of_arm = [run for run in results.values() if run["arm"] == title]
+        assert len(of_arm) == 6
+        for heading, epoch, name, digits in (
+            ("ours, last epoch", "last", "overall", 2),
+            ("best epoch", "best", "overall", 2),
+            ("many", "last", "many", 1),
+            ("medium", "last", "medium", 1),
+            ("few", "last", "few", 1),
+            ("ECE", "last", "ece", 1),
+        ):
+            values = np.array([run[epoch][name] for run in of_arm])
+            assert table[title][heading] == f"{values.mean():.{digits}f} ±{values.std(ddof=1):.{digits}f}"
+        assert (table[title]["seeds"], table[title]["subset seeds"]) == ("0, 1, 2", "0, 1")
+    adjusted = [run["post_hoc"]["logit-adjustment"]["overall"] for run in results.values() if run["arm"] == "CE"]
+    expected = f"{statistics.mean(adjusted):.2f} ±{statistics.stdev(adjusted):.2f}"
+    assert table["CE + post-hoc logit adj."]["ours, last epoch"] == expected
+    assert table["CE + post-hoc logit adj."]["best epoch"] == "-"
+    assert table["CE + post-hoc logit adj."]["reported"] == "44.07 (c)"
+    assert all(name in page for name in results), "recipe hashes"
+    assert page.count("<details>") == 1 and "| Some Processor | 2 | 2.13.0 | 1 | 18 | 9.5 min |" in page
+    assert "`00aaaaaaaaaa`" in page and "`01aaaaaaaaaa`" in page and "`bbbbbbbbbbbb`" in page
+
+
+def test_tiers_views_and_precisions_have_tables_of_their_own(tmp_path, quick):
+    stored.supervised(tmp_path / "results", arms=("ce", "vs"), tier="full")
+    short = stored.supervised(tmp_path / "results", arms=("ce", "vs"), seeds=(0,))
+    for planned in stored.planned("supervised-cifar100", "short", ("focal",), (0,)):
+        for change in ({"views": 2}, {"precision": "bf16-mixed"}, {"steps": 10}):
+            recipe = dataclasses.replace(planned.recipe, **change)
+            name, run = stored.run(dataclasses.replace(planned, recipe=recipe), 40.0, 0.0)
+            short[name] = run
+    stored.save(tmp_path / "results", "supervised-cifar100", "short", short)
+    page, _ = report(tmp_path)
+    tables = {title: rows(text) for title, text in parts(page).items() if "CIFAR" in title}
+    assert {title.split("100, ")[1]: [row["method"] for row in table] for title, table in tables.items()} == {
+        "full tier (resnet32, 32-true)": ["CE", "CE + tau-norm", "CE + post-hoc logit adj.", "VS"],
+        "short tier (resnet32, 32-true)": ["CE", "CE + tau-norm", "CE + post-hoc logit adj.", "VS"],
+        "short tier, 2 views (resnet32, 32-true)": ["focal"],
+        "short tier (resnet32, bf16-mixed)": ["focal"],
+        "10 steps of 128 (resnet32, 32-true)": ["focal"],
+    }
+    full = next(table for title, table in tables.items() if "full" in title)
+    assert [row["runs"] for row in full] == ["3", "3", "3", "3"]
+
+
+def test_runs_with_other_settings_are_not_averaged(tmp_path, quick):
+    results = stored.supervised(tmp_path / "results", arms=("ce",), seeds=(0,))
+    (planned,) = stored.planned("supervised-cifar100", "short", ("ce",), (1,))
+    name, run = stored.run(
+        dataclasses.replace(planned, recipe=dataclasses.replace(planned.recipe, weight_decay=5e-4)), 30.0, 0.0
+    )
+    stored.save(tmp_path / "results", "supervised-cifar100", "short", results | {name: run})
+    page, _ = report(tmp_path)
+    titles = [row["method"] for row in rows(page)]
+    assert titles[0] == "CE (weight_decay 0.0002)" and "CE (weight_decay 0.0005)" in titles
+    assert {row["runs"] for row in rows(page)} == {"1"}
+
+
+def test_fields_of_the_machine_do_not_divide_a_line(tmp_path, quick):
+    results = stored.supervised(tmp_path / "results", arms=("ce",), seeds=(0, 1))
+    next(iter(results.values()))["recipe_fields"]["cuda_graph"] = False
+    stored.save(tmp_path / "results", "supervised-cifar100", "short", results)
+    assert rows(report(tmp_path)[0])[0]["runs"] == "2"
+
+
+def test_what_has_no_run_is_named(tmp_path, quick):
+    stored.supervised(tmp_path / "results", arms=("ce", "vs"), seeds=(0,))
+    page, _ = report(tmp_path)
+    missing = [arm.label for arm in TABLES["supervised-cifar100"].arms if arm.label not in ("CE", "VS")]
+    sentence = f"Not run yet: {'; '.join([*missing, 'CE + cRT', 'CE + LWS'])}.\n"
+    assert sentence in page
+    first_box = page.split("\n\n")[1]
+    assert first_box.startswith("> **Not reproduced here**")
+    assert (
+        "CIFAR-100-LT, imbalance factor 100 (full tier); CIFAR-10-LT, imbalance factor 100 (full and short tier)"
+        in first_box
+    )
+    assert all(label in first_box for label in missing)
+    assert "No run is of the full tier" in first_box and "other images than the published ones" in first_box
+    assert "CIFAR-100-LT, step profile, imbalance factor 100" in first_box
+
+
+def test_box_has_the_notes(tmp_path, quick):
+    stored.supervised(tmp_path / "results", arms=("ce",), seeds=(0,))
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "notes-supervised.md").write_text("- Something else.\n")
+    page, other = report(tmp_path)
+    assert "> - Something else.\n" in page and "Something else" not in other
+
+
+def test_selection_in_the_order_of_the_archive_is_not_called_another(tmp_path, quick):
+    results = stored.supervised(tmp_path / "results", arms=("ce",), seeds=(0,))
+    for run in results.values():
+        run["recipe_fields"]["long_tail"]["selection"] = "archive"
+    stored.save(tmp_path / "results", "supervised-cifar100", "short", results)
+    assert "other images" not in report(tmp_path)[0]
+
+
+def test_ten_classes_have_thirds(tmp_path, quick):
+    results = stored.supervised(tmp_path / "results", "supervised-cifar10", arms=("ce",), seeds=(0,))
+    page, _ = report(tmp_path)
+    row = rows(page)[0]
+    (run,) = results.values()
+    per_class = run["last"]["per_class"]
+    assert row["few"] == "-"
+    means = [np.mean(per_class[:3]), np.mean(per_class[3:6]), np.mean(per_class[6:])]
+    assert [row[f"{name} third"] for name in ("largest", "middle", "smallest")] == [f"{value:.1f}" for value in means]
+    stored.supervised(tmp_path / "results", arms=("ce",), seeds=(0,))
+    assert (
+        "largest third"
+        not in rows(parts(report(tmp_path)[0])["CIFAR-100-LT, imbalance factor 100, short tier (resnet32, 32-true)"])[0]
+    )
+
+
+@pytest.mark.parametrize(
+    "tier, seeds, accuracy, expected",
+    [
+        ("full", (0, 1, 2), 40.0, "yes (+1.94)"),
+        ("full", (0, 1, 2), 36.0, "yes (-2.06)"),
+        ("full", (0, 1, 2), 40.2, "no (2.14 above)"),
+        ("full", (0, 1, 2), 35.0, "no (3.06 below)"),
+        ("full", (0, 1), 38.0, "not decided (2 seeds)"),
+        ("short", (0, 1, 2), 38.0, "not decided (short tier)"),
+    ],
+)
+def test_goal(tmp_path, quick, tier, seeds, accuracy, expected):
+    results = stored.supervised(tmp_path / "results", arms=("ce", "focal"), tier=tier, seeds=seeds)
+    for run in results.values():
+        run["last"]["overall"] = accuracy
+    stored.save(tmp_path / "results", "supervised-cifar100", tier, results)
+    found = {row["method"]: row["goal"] for row in rows(report(tmp_path)[0])}
+    assert found["CE"] == expected and found["focal"] == found["CE + post-hoc logit adj."] == "-"
+
+
+def test_numbers_for_other_class_counts_are_not_put_beside_ours(tmp_path, quick):
+    results = stored.supervised(tmp_path / "results", arms=("ce",), tier="full")
+    for run in results.values():
+        run["recipe_fields"]["long_tail"]["max_count"] = 450
+    stored.save(tmp_path / "results", "supervised-cifar100", "full", results)
+    page, _ = report(tmp_path)
+    assert {(row["reported"], row["goal"]) for row in rows(page)} == {("-", "-")}
+    assert "No reported numbers are known" in page
+
+
+# Half widths of the 95 % intervals by hand: 2.5706 (t, five degrees of freedom) * std / sqrt(6).
+DIFFERENCES = {
+    "supported": ((1.0, 2.0, 3.0, 4.0, 5.0, 6.0), "[+1.54, +5.46]"),
+    "worse": ((-1.0, -2.0, -3.0, -4.0, -5.0, -6.0), "[-5.46, -1.54]"),
+    "not worse": ((-0.1, 0.1, -0.1, 0.1, -0.1, 0.1), "[-0.11, +0.11]"),
+    "inconclusive": ((-3.0, 3.0, -3.0, 3.0, -3.0, 3.0), "[-3.45, +3.45]"),
+}
+
+
+@pytest.mark.parametrize("claim", DIFFERENCES)
+def test_claims_of_methods(tmp_path, quick, claim):
+    differences, interval = DIFFERENCES[claim]
+    results = stored.supervised(tmp_path / "results", arms=("ce", "vs"), subset_seeds=(0, 1))
+    for run in results.values():
+        pair = 3 * run["subset_seed"] + run["seed"]
+        run["last"]["overall"] = 40.0 + 2 * pair + (differences[pair] if run["arm"] == "VS" else 0.0)
+    stored.save(tmp_path / "results", "supervised-cifar100", "short", results)
+    row = next(row for row in rows(report(tmp_path)[0], "better?") if row["better?"] == "VS against CE")
+    assert (row["claim"], row["95 % interval"], row["pairs"]) == (claim, interval, "6")
+    assert row["difference, points"] == f"{np.mean(differences):+.2f}"
+
+
+def test_five_pairs_decide_nothing_and_only_pairs_count(tmp_path, quick):
+    results = stored.supervised(tmp_path / "results", arms=("ce", "vs", "logit-adjustment"), subset_seeds=(0, 1))
+    results = {name: run for name, run in results.items()
+               if not (run["arm"] == "VS" and (run["seed"], run["subset_seed"]) == (2, 1))}  # fmt: skip
+    stored.save(tmp_path / "results", "supervised-cifar100", "short", results)
+    table = {row["better?"]: row for row in rows(report(tmp_path)[0], "better?")}
+    assert (table["VS against CE"]["pairs"], table["VS against CE"]["claim"]) == ("5", "too few pairs")
+    assert table["logit adj. against CE"]["claim"] == "supported"
+    assert table["CE + post-hoc logit adj. against logit adj."]["pairs"] == "6"
+
+
+def test_without_cross_entropy_nothing_is_compared(tmp_path, quick):
+    stored.supervised(tmp_path / "results", arms=("vs",), seeds=(0,))
+    assert "None: cross-entropy has no run here." in report(tmp_path)[0]
+
+
+def test_reliability_pools_images_not_runs(tmp_path):
+    results = stored.supervised(tmp_path / "results", arms=("ce",), seeds=(0, 1))
+    (section,) = Inputs.load(tmp_path / "results", tmp_path).sections("supervised-cifar100")
+    found = supervised.reliability(section.lines[0])
+    bins = [run["calibration"] for run in results.values()]
+    for k in range(15):
+        images = sum(b["count"][k] for b in bins)
+        assert found.count[k] == images
+        right = sum(b["count"][k] * b["accuracy"][k] for b in bins)
+        assert found.accuracy[k] == pytest.approx(right / images if images else 0.0)
+    assert found.ece == pytest.approx(35.0)
+    for run in results.values():
+        del run["calibration"]
+    stored.save(tmp_path / "results", "supervised-cifar100", "short", results)
+    (section,) = Inputs.load(tmp_path / "results", tmp_path).sections("supervised-cifar100")
+    assert supervised.reliability(section.lines[0]) is None
+
+
+def test_running_means():
+    values = np.random.default_rng(0).normal(size=(2, 100))
+    found = plots.smoothed(values)
+    assert found[1, 50] == pytest.approx(values[1, 45:56].mean())
+    assert found[0, 0] == pytest.approx(values[0, :6].mean())
+    assert found[0, 99] == pytest.approx(values[0, 94:].mean())
+    assert plots.smoothed(values[:, :10]) is not None and (plots.smoothed(values[:, :10]) == values[:, :10]).all()
+
+
+# The page of ELM
+
+
+def elm_results(tmp_path, spread=None, accuracy=None, loss=None, seeds=(0, 1, 2)):
+    """Runs of ELM and logit margins only: ratios or differences of each pair."""
+    methods = ("two-view-logit-adjustment", "elm")
+    results = stored.elm_table(tmp_path / "results", arms=methods, seeds=seeds)
+    for run in results.values():
+        pair, is_elm = 3 * run["subset_seed"] + run["seed"], run["arm"].startswith("ELM")
+        few = [n < 20 for n in run["counts"]]
+        base = 1.0 + 0.1 * pair
+        value = base * (spread[pair] if spread and is_elm else 1.0)
+        run["elm"]["relative_spread"] = [value if rare else 7.0 for rare in few]
+        run["elm"]["loss_gap"] = [base + (loss[pair] if loss and is_elm else 0.0)] * len(few)
+        run["last"]["overall"] = 40 + pair + (accuracy[pair] if accuracy and is_elm else 0.0)
+    stored.save(tmp_path / "results", "elm-cifar100", "short", results)
+    return [row["verdict"] for row in rows(report(tmp_path)[1], "claim")]
+
+
+@pytest.mark.parametrize(
+    "change, claim, verdict",
+    [
+        ({"spread": (0.8, 0.81, 0.79, 0.8, 0.8, 0.8)}, 0, "supported"),
+        ({"spread": (0.95, 0.96, 0.94, 0.95, 0.95, 0.95)}, 0, "not worse"),
+        ({"spread": (0.5, 1.5, 0.5, 1.5, 0.5, 0.5)}, 0, "inconclusive"),
+        ({"spread": (1.2, 1.21, 1.19, 1.2, 1.2, 1.2)}, 0, "refuted"),
+        ({"accuracy": DIFFERENCES["supported"][0]}, 1, "supported"),
+        ({"accuracy": DIFFERENCES["not worse"][0]}, 1, "not worse"),
+        ({"accuracy": DIFFERENCES["inconclusive"][0]}, 1, "inconclusive"),
+        ({"accuracy": DIFFERENCES["worse"][0]}, 1, "refuted"),
+        ({"loss": DIFFERENCES["worse"][0]}, 2, "supported"),
+        ({"loss": DIFFERENCES["not worse"][0]}, 2, "inconclusive"),
+        ({"loss": DIFFERENCES["supported"][0]}, 2, "refuted"),
+    ],
+)
+def test_claims_of_elm(tmp_path, quick, change, claim, verdict):
+    assert elm_results(tmp_path, **change)[claim] == f"**{verdict}**"
+
+
+def test_claims_of_elm_need_six_pairs(tmp_path, quick):
+    verdicts = elm_results(tmp_path, spread=(0.5,) * 6, seeds=(0, 1))
+    assert verdicts == ["**not decided** (too few pairs: 4 of 6)"] * 3
+
+
+def test_ratio_is_the_mean_of_the_ratios(tmp_path, quick):
+    ratios = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+    elm_results(tmp_path, spread=ratios)
+    (section,) = Inputs.load(tmp_path / "results", tmp_path).sections("elm-cifar100")
+    found = elm_claims.mean_ratio(section.line("elm"), section.line(elm.LOGIT_ONLY))
+    assert found == pytest.approx(np.mean(ratios))
+    assert "mean ratio 0.750" in report(tmp_path)[1]
+
+
+def test_measures_of_elm_are_group_means(tmp_path, quick):
+    results = stored.elm_table(tmp_path / "results")
+    page = report(tmp_path)[1]
+    table = {
+        (row["method"], row["classes"]): row
+        for row in rows(parts(page)[next(t for t in parts(page) if "CIFAR" in t)].split("### Measures")[1])
+    }
+    of_elm = [run for run in results.values() if run["arm"].startswith("ELM")]
+    few = np.array([n < 20 for n in of_elm[0]["counts"]])
+    for heading, name in (("relative spread", "relative_spread"), ("norm", "norm"), ("loss gap, nats", "loss_gap")):
+        means = np.array([np.array(run["elm"][name])[few].mean() for run in of_elm])
+        assert table["ELM (A)", "few"][heading] == f"{means.mean():.3f} ±{means.std(ddof=1):.3f}"
+    assert "reconstruction" in page and "No reported numbers exist" in page
+
+
+def test_no_few_shot_classes(tmp_path, quick):
+    stored.elm_table(tmp_path / "results", "elm-cifar10")
+    verdicts = [row["verdict"] for row in rows(report(tmp_path)[1], "claim")]
+    assert verdicts[0].startswith("**not decided** (no few-shot classes") and verdicts[1] == "**supported**"
+
+
+@pytest.mark.parametrize("best", [0.03, 0.3])
+def test_chosen_weight(tmp_path, quick, best):
+    stored.elm_table(tmp_path / "results", seeds=(0,))
+    stored.elm_tuning(tmp_path / "results", best, without=(1.0,))
+    page = report(tmp_path)[1]
+    assert f"Chosen: lambda {best:g}. Not run yet: lambda 1." in page
+    assert f"ELM's lambda is 0.1 here, not the one chosen ({best:g})" in page
+    assert f"| **ELM (A), lambda {best:g}** |" in page and page.count("| **ELM (A), lambda") == 1
+    assert "held-out validation images" in page and "ELM had the larger search" in page
+
+
+def test_of_equal_weights_the_smaller_one_is_chosen(tmp_path, quick):
+    stored.elm_tuning(tmp_path / "results", best=None)
+    assert "Chosen: lambda 0.03." in report(tmp_path)[1]
+
+
+# Files
+
+
+def test_no_results_say_so(tmp_path):
+    out = io.StringIO()
+    options = ReportOptions(results=tmp_path / "nothing", out=tmp_path / "out")
+    assert run_report(options, Console(file=out, width=200)) == 0
+    assert "no results in" in out.getvalue()
+    for name in ("supervised", "elm"):
+        page = (tmp_path / "out" / f"{name}.md").read_text()
+        assert "There are no results yet" in page and "> **Not reproduced here**" in page
+        assert "ltkernels report\n" in page
+    assert "ltkernels table supervised-cifar100 --tier short" in (tmp_path / "out" / "supervised.md").read_text()
+
+
+def test_a_second_report_changes_nothing(tmp_path):
+    results = stored.supervised(tmp_path / "results", arms=("ce", "vs"), seeds=(0, 1))
+    stored.elm_table(tmp_path / "results", seeds=(0,))
+    report(tmp_path)
+    before = {file.name: (file.read_bytes(), file.stat().st_mtime_ns) for file in (tmp_path / "out").iterdir()}
+    assert sum(name.endswith(".png") for name in before) == 3
+    backwards = dict(reversed(results.items()))
+    stored.save(tmp_path / "results", "supervised-cifar100", "short", backwards)
+    report(tmp_path)
+    assert {file.name: (file.read_bytes(), file.stat().st_mtime_ns) for file in (tmp_path / "out").iterdir()} == before
+    for page in ("supervised.md", "elm.md"):
+        for picture in re.findall(r"\]\((.+\.png)\)", before[page][0].decode()):
+            assert before[picture][0].startswith(b"\x89PNG")
+
+
+def test_one_page_alone(tmp_path, quick):
+    stored.supervised(tmp_path / "results", arms=("ce",), seeds=(0,))
+    options = ReportOptions(names=("elm",), results=tmp_path / "results", out=tmp_path / "out")
+    assert run_report(options, Console(quiet=True)) == 0
+    assert [file.name for file in (tmp_path / "out").iterdir()] == ["elm.md"]
+
+
+def test_projection_is_drawn_where_the_runs_are_and_kept_elsewhere(tmp_path, monkeypatch):
+    monkeypatch.setattr(elm, "spread_picture", lambda *arguments: b"a picture")
+    results = stored.elm_table(tmp_path / "results", seeds=(0,), subset_seeds=(0,))
+    name = "elm-cifar100-short-2-views-32-true-projection.png"
+    assert name not in report(tmp_path)[1]
+    noise = np.random.default_rng(0)
+    for found, run in results.items():
+        folder = tmp_path / "runs" / f"{run['recipe']}-{found}"
+        folder.mkdir(parents=True)
+        assert name not in report(tmp_path, runs=tmp_path / "runs")[1]
+        target = np.repeat(np.arange(100), 3)
+        embedding = (np.eye(100)[target] + 0.1 * noise.normal(size=(300, 100))).astype(np.float16)
+        np.savez(folder / "features.npz", test_embedding=embedding)
+        np.savez(folder / "predictions.npz", logits=embedding, target=target)
+    drawn = report(tmp_path, runs=tmp_path / "runs")[1]
+    picture = (tmp_path / "out" / name).read_bytes()
+    assert f"]({name})" in drawn and picture.startswith(b"\x89PNG")
+    assert report(tmp_path)[1] == drawn and (tmp_path / "out" / name).read_bytes() == picture
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"runs": []}', '{"runs": 1}'])
+def test_damaged_results(tmp_path, content):
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "supervised-cifar100-short.json").write_text(content)
+    with pytest.raises(TrainerError, match="supervised-cifar100-short.json"):
+        report(tmp_path)
+
+
+def test_damaged_folders(tmp_path):
+    with pytest.raises(TrainerError, match="runs: no such folder"):
+        report(tmp_path, runs=tmp_path / "runs")
+    (tmp_path / "out").write_text("a file")
+    with pytest.raises(TrainerError, match="cannot write"):
+        report(tmp_path)
+
+
+def test_measures_are_read_as_text_or_as_values():
+    measures = stored.elm([30, 20, 10], 1.0, np.random.default_rng(0))
+    for content in (measures.to_json(), json.loads(measures.to_json())):
+        found = runs.StoredRun("0", {"elm": content}).measures
+        assert found.group_means() == measures.group_means()
