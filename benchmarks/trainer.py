@@ -156,7 +156,7 @@ class Loop(Protocol):
     def network(self) -> nn.Module: ...
 
     def block(self, warm: int, timed: int) -> float:
-        """Seconds of a step: the mean of ``timed`` ones, after ``warm`` that are not timed."""
+        """Seconds of a step: the mean of ``timed`` ones, after ``warm`` (at least 1) that are not timed."""
 
     def augmented(self, images: np.ndarray) -> Tensor:
         """Any images (B, H, W, 3) uint8 as the loop would train on them."""

@@ -171,7 +171,7 @@ class PlainLoop:
             next(self._steps)
 
     def block(self, warm: int, timed: int) -> float:
-        """Seconds of a step: the mean of ``timed`` ones, after ``warm`` that are not timed."""
+        """Seconds of a step: the mean of ``timed`` ones, after ``warm`` (at least 1) that are not timed."""
         self.advance(warm)
         synchronize(self.device)
         start = time.perf_counter()
