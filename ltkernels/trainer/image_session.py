@@ -22,7 +22,7 @@ from rich.console import Console
 from ltkernels.trainer import TrainerError
 from ltkernels.trainer.checkpoint import CheckpointFolder, export_weights
 from ltkernels.trainer.data import Split
-from ltkernels.trainer.data.datasets import load_dataset, long_tailed_split
+from ltkernels.trainer.data.pack import load_split
 from ltkernels.trainer.fit import Fit, StoppedError
 from ltkernels.trainer.image_recipes import TIERS, ImageRecipe, Tier, load_recipe, save_recipe
 from ltkernels.trainer.runfolder import RunFolder, describe, environment
@@ -117,8 +117,7 @@ def train_in_folder(
     console: Console,
 ) -> int:
     """Take the steps of the recipe that the checkpoints of the folder do not have yet. Returns the exit status."""
-    data = load_dataset(recipe.dataset, options.data_root)
-    split = long_tailed_split(data, recipe.long_tail)
+    data, split = load_split(recipe.dataset, recipe.long_tail, options.data_root)
     fit = Fit(fabric, recipe, data, split)
     checkpoints = CheckpointFolder(folder.path)
     state = checkpoints.load()

@@ -27,7 +27,7 @@ from ltkernels.margins import post_hoc_logit_adjustment
 from ltkernels.nn import MarginCrossEntropyLoss
 from ltkernels.trainer import TrainerError
 from ltkernels.trainer.checkpoint import read_weights
-from ltkernels.trainer.data.datasets import load_dataset, long_tailed_split
+from ltkernels.trainer.data.pack import load_split
 from ltkernels.trainer.data.sampling import epoch_order
 from ltkernels.trainer.fit import Fit, make_network
 from ltkernels.trainer.image_recipes import load_recipe
@@ -179,8 +179,7 @@ def freeze(folder: Path, options: PostHocOptions) -> Frozen:
     """
     _, recipe = load_recipe(folder / "recipe.json")
     weights = read_weights(folder)
-    data = load_dataset(recipe.dataset, options.data_root)
-    split = long_tailed_split(data, recipe.long_tail)
+    data, split = load_split(recipe.dataset, recipe.long_tail, options.data_root)
     with open_fabric(recipe.precision, options.accelerator) as fabric:
         fit = Fit(fabric, recipe, data, split)
         network = fit.evaluated_network
