@@ -109,7 +109,7 @@ def test_the_hash_names_what_decides_the_result():
     assert IMAGE_RECIPES["cifar100-lt-ce"].hash != IMAGE_RECIPES["cifar100-lt-ce-mixup"].hash
 
 
-@pytest.mark.parametrize("name", IMAGE_RECIPES)
+@pytest.mark.parametrize("name", [name for name in IMAGE_RECIPES if not name.startswith("tiny-")])
 def test_a_saved_recipe_comes_back(name, tmp_path):
     recipe = change(IMAGE_RECIPES[name], "augmentation.cutout", 8)
     (tmp_path / "recipe.json").write_text(json.dumps(save_recipe(recipe, name)))

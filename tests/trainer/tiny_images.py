@@ -71,5 +71,7 @@ def tiny_recipe(method: str = "ce", **changes: object) -> ImageRecipe:
     return dataclasses.replace(IMAGE_RECIPES[f"cifar100-lt-{method}"], **(defaults | changes))
 
 
-for _method in ("ce", "ldam-drw", "ce-mixup"):
-    IMAGE_RECIPES.setdefault(f"tiny-{_method}", tiny_recipe(_method))
+_RECIPES = {f"tiny-{method}": tiny_recipe(method) for method in ("ce", "ldam-drw", "ce-mixup")}
+IMAGE_RECIPES.update(_RECIPES)
+REGISTERED = {"tiny", "perceptron", *_RECIPES}
+"""Names that only these tests know."""
