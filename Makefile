@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 NATIVE := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h)
 READY := $(VENV)/.ready
 
-.PHONY: train test setup build lint format benchmark report sanitize gpu dist clean
+.PHONY: train test setup build lint format benchmark report sanitize gpu gpu-pack dist clean
 
 train: setup
 	$(BIN)/ltkernels train digits
@@ -57,6 +57,10 @@ sanitize: setup
 # GPU tests and benchmarks with the Python at hand: no virtual environment, no download, the extension built in place.
 gpu:
 	$(PYTHON) -m benchmarks.run_gpu
+
+# The images that the tables need in a file a data set, for a machine without network; LTKERNELS_DATA is the source.
+gpu-pack: setup
+	$(BIN)/ltkernels pack $(TABLES)
 
 dist: setup
 	$(BIN)/python -m pip install --quiet build

@@ -1,4 +1,4 @@
-"""The trainer's commands: ``train``, ``tune``, ``posthoc`` and ``data``."""
+"""The trainer's commands: ``train``, ``tune``, ``posthoc``, ``table``, ``report``, ``data`` and ``pack``."""
 
 from __future__ import annotations
 
@@ -16,9 +16,13 @@ from ltkernels.trainer.datacommand import DataOptions, run_data
 from ltkernels.trainer.image_recipes import IMAGE_RECIPES, ImageRecipe, load_recipe
 from ltkernels.trainer.image_session import ImageTrainOptions, ResumeOptions, resume_image_training, run_image_training
 from ltkernels.trainer.methods import METHODS
+from ltkernels.trainer.packcommand import PackOptions, run_pack
 from ltkernels.trainer.posthoc import POST_HOC, PostHocOptions, run_posthoc
 from ltkernels.trainer.recipes import RECIPES
+from ltkernels.trainer.reproduction.command import ReportOptions, run_report
 from ltkernels.trainer.session import TrainOptions, run_training
+from ltkernels.trainer.table_queue import TableOptions, run_table
+from ltkernels.trainer.tables import TABLES
 from ltkernels.trainer.tuning import TuneOptions, run_search
 
 _TASKS = tuple(dict.fromkeys(name.removesuffix(f"-{recipe.method}") for name, recipe in IMAGE_RECIPES.items()))
@@ -27,17 +31,24 @@ _COMPARISONS = {"train": (TrainOptions, run_training), "tune": (TuneOptions, run
 USAGE = f"""usage: ltkernels {{{",".join(_COMPARISONS)}}} RECIPE [options]
        ltkernels train {{--from RUN/recipe.json,--resume RUN}} [options]
        ltkernels posthoc RUN [options]
+       ltkernels table TABLE [options]
+       ltkernels report [PAGE ...] [options]
        ltkernels data [options]
+       ltkernels pack [TABLE ...] [options]
 
   train     {", ".join(RECIPES)}: train the methods of the recipe and compare them on the test set
             other recipes: one run of one method; --from repeats the recipe of a run, --resume goes on with a run
   tune      {", ".join(RECIPES)}: search the settings of the methods on a validation split of the training images
   posthoc   {", ".join(POST_HOC)}, on the weights of a run
+  table     train the runs of a table that are not done yet, until a time limit, and store their results
+  report    write the pages of docs/reproduction from the stored results
   data      list the data sets that are there, draw their long-tailed versions
+  pack      pack the images that tables need, one file a data set, for a machine without network
 
 recipes: {", ".join(RECIPES)}; TASK-METHOD with
   TASK      {", ".join(_TASKS)}
   METHOD    {", ".join(METHODS)}
+tables: {", ".join(TABLES)}
 "ltkernels train {next(iter(IMAGE_RECIPES))} --help" lists every option with its default.
 """
 
@@ -59,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help") or arguments[1:2] in (["-h"], ["--help"]):
-        if arguments[:1] != ["data"]:
+        if arguments[:1] not in (["data"], ["pack"], ["report"]):  # their options depend on nothing else
             print(USAGE, end="")
             return 0
     command, rest = arguments[0], arguments[1:]
@@ -67,10 +78,16 @@ def _run(arguments: list[str]) -> int:
         "train": _train,
         "tune": _tune,
         "posthoc": _posthoc,
+        "table": _table,
+        "report": _report,
         "data": _data,
+        "pack": _pack,
     }
     if command not in runners:
-        raise TrainerError(f"unknown command {command!r}: expected train or tune with a recipe, posthoc or data")
+        *others, last = [name for name in runners if name not in _COMPARISONS]
+        raise TrainerError(
+            f"unknown command {command!r}: expected train or tune with a recipe, {', '.join(others)} or {last}"
+        )
     console = Console()
     if not console.is_terminal:
         console.width = 140  # a file or a pipe: the table's lines stay whole
@@ -118,6 +135,21 @@ def _posthoc(arguments: list[str], command: str, console: Console) -> int:
 
 def _data(arguments: list[str], command: str, console: Console) -> int:
     return run_data(_parse(DataOptions, "data", arguments, DataOptions()), console)
+
+
+def _table(arguments: list[str], command: str, console: Console) -> int:
+    if not arguments or arguments[0].startswith("-"):
+        raise TrainerError(f"table: which table? known: {', '.join(TABLES)}")
+    default = TableOptions(name=arguments[0])
+    return run_table(_parse(TableOptions, f"table {arguments[0]}", arguments[1:], default), console)
+
+
+def _report(arguments: list[str], command: str, console: Console) -> int:
+    return run_report(_parse(ReportOptions, "report", arguments, ReportOptions()), console)
+
+
+def _pack(arguments: list[str], command: str, console: Console) -> int:
+    return run_pack(_parse(PackOptions, "pack", arguments, PackOptions()), console)
 
 
 def _parse(options_type: type[Any], program: str, arguments: list[str], default: Any) -> Any:

@@ -1,0 +1,286 @@
+"""The stored results of a table, ``TABLE-TIER.json``: what its runs on any machine have measured.
+
+The file is part of the repository and the only thing that reports are made from. It has one line for each run, under
+the hash of its recipe; floats have six significant digits, those of the recipe excepted.
+"""
+
+from __future__ import annotations
+
+import json
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any, TypeAlias, get_args
+
+import numpy as np
+import torch
+
+from ltkernels.trainer import TrainerError
+from ltkernels.trainer.checkpoint import write_atomically
+from ltkernels.trainer.image_recipes import Tier, load_recipe
+from ltkernels.trainer.image_session import METRICS_FILE, RECIPE_FILE
+from ltkernels.trainer.locks import folder_locked
+from ltkernels.trainer.metrics import CALIBRATION_BINS
+from ltkernels.trainer.papers.elm_measures import Outputs, measure
+from ltkernels.trainer.runlog import FEATURES_FILE, PREDICTIONS_FILE
+from ltkernels.trainer.tables import PlannedRun, table_named
+
+Results: TypeAlias = dict[str, Any]
+
+RESULTS = Path("docs/reproduction/results")
+DIGITS = 6
+_ELM_TABLES = "elm-"
+# Values of an entry and their types.
+_FIELDS: dict[str, type | tuple[type, ...]] = {
+    "arm": str,
+    "recipe": str,
+    "recipe_fields": dict,
+    "seed": int,
+    "subset_seed": int,
+    "tier": str,
+    "counts": list,
+    "last": dict,
+    "best": dict,
+    "seconds": (int, float),
+    "train_fingerprint": str,
+    "test_fingerprint": str,
+    "device": str,
+    "cpu": str,
+    "threads": int,
+    "torch": str,
+    "date": str,
+    "calibration": dict,
+    "post_hoc": dict,
+    "elm": (dict, type(None)),
+}
+
+
+def results_file(table: str, tier: Tier) -> Path:
+    """Where the results of a table are stored by default."""
+    return RESULTS / f"{table}-{tier}.json"
+
+
+# Of run folders
+
+
+def collect(table: str, tier: Tier, runs: Path) -> Results:
+    """The results of the finished runs of a table.
+
+    Args:
+        table: Its name.
+        tier: Of its runs.
+        runs: Folder with the run folders.
+
+    Raises:
+        TrainerError: an unknown table, or a finished run whose files cannot be read.
+    """
+    entries = {}
+    for planned in table_named(table).runs(tier):
+        folder = runs / planned.name
+        if (folder / METRICS_FILE).is_file():
+            entries[planned.recipe.hash] = entry(table, planned, folder)
+    return {"table": table, "tier": tier, "runs": entries}
+
+
+def entry(table: str, planned: PlannedRun, folder: Path) -> dict[str, Any]:
+    """What is stored of a finished run.
+
+    Raises:
+        TrainerError: a file of the run cannot be read, or it is of another recipe.
+    """
+    metrics, config = read_json(folder / METRICS_FILE), read_json(folder / "config.json")
+    _, recipe = load_recipe(folder / RECIPE_FILE)
+    check_hash(folder, metrics, planned)
+    both = config | metrics  # older runs have some values in one of them only
+    try:
+        finished = datetime.fromisoformat(config["started"]) + timedelta(seconds=both["seconds"])
+        found = {
+            "arm": planned.arm.label,
+            "recipe": planned.arm.recipe,
+            "recipe_fields": recipe.as_dict(),
+            "seed": recipe.seed,
+            "subset_seed": recipe.long_tail.subset_seed,
+            "tier": recipe.tier,
+            **{name: both[name] for name in ("counts", "last", "best", "seconds")},
+            **{name: both[name] for name in ("train_fingerprint", "test_fingerprint", "device", "cpu", "threads")},
+            "torch": config["versions"]["torch"],
+            "date": finished.date().isoformat(),
+        }
+    except (KeyError, TypeError, ValueError) as error:
+        raise TrainerError(f"{folder}: not the files of a finished run ({type(error).__name__}: {error})") from error
+    found["calibration"] = _calibration(_arrays(folder / PREDICTIONS_FILE, "confidence", "predicted", "target"))
+    files = sorted(folder.glob("posthoc-*.json"))
+    found["post_hoc"] = {file.stem.removeprefix("posthoc-"): _scores(file) for file in files}
+    found["elm"] = _elm(folder) if table.startswith(_ELM_TABLES) else None
+    return {name: value if name == "recipe_fields" else _rounded(value) for name, value in found.items()}
+
+
+def check_hash(folder: Path, metrics: dict[str, Any], planned: PlannedRun) -> None:
+    """Compare the recipe that a run says it is of.
+
+    Raises:
+        TrainerError: it is another one.
+    """
+    if metrics.get("recipe_hash") != planned.recipe.hash:
+        found = metrics.get("recipe_hash")
+        raise TrainerError(f"{folder}: its run is of recipe {found}, expected {planned.recipe.hash}")
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The fields that a file of a run holds.
+
+    Raises:
+        TrainerError: it cannot be read, or holds something else.
+    """
+    try:
+        content = json.loads(file.read_text())
+    except OSError as error:
+        raise TrainerError(f"{file}: {error.strerror}") from error
+    except ValueError as error:
+        raise TrainerError(f"{file}: damaged, {error}") from error
+    if not isinstance(content, dict):
+        raise TrainerError(f"{file}: expected fields, got {type(content).__name__}")
+    return content
+
+
+def _scores(file: Path) -> dict[str, Any]:
+    content = read_json(file)
+    if not isinstance(content.get("scores"), dict):
+        raise TrainerError(f"{file}: no scores of a post-hoc method in it")
+    return content["scores"]
+
+
+def _arrays(file: Path, *names: str) -> list[np.ndarray]:
+    try:
+        with np.load(file, allow_pickle=False) as content:
+            return [content[name] for name in names]
+    except Exception as error:  # a damaged archive may fail in any way
+        raise TrainerError(f"{file}: cannot be read ({type(error).__name__}: {error})") from error
+
+
+def _calibration(arrays: list[np.ndarray]) -> dict[str, Any]:
+    """Images, mean confidence and accuracy of equal bins of confidence; 0 for those of an empty bin."""
+    confidence, predicted, target = arrays
+    borders = torch.linspace(0, 1, CALIBRATION_BINS + 1).numpy()  # those of torchmetrics, so that the ECE is the same
+    bins = np.clip(np.digitize(confidence, borders) - 1, 0, CALIBRATION_BINS - 1)
+    count = np.bincount(bins, minlength=CALIBRATION_BINS)
+
+    def means(values: np.ndarray) -> list[float]:
+        return (np.bincount(bins, values, CALIBRATION_BINS) / np.maximum(count, 1)).tolist()
+
+    return {
+        "bins": CALIBRATION_BINS,
+        "count": count.tolist(),
+        "confidence": means(confidence.astype(np.float64)),
+        "accuracy": means((predicted == target).astype(np.float64)),
+    }
+
+
+def _elm(folder: Path) -> dict[str, Any] | None:
+    """ELM's measures; None for a run without embeddings, or one that they are not defined for."""
+    if not (folder / FEATURES_FILE).is_file():
+        return None
+    names = ("train_embedding", "train_logits", "train_target", "test_embedding")
+    *train, embedding = map(torch.from_numpy, _arrays(folder / FEATURES_FILE, *names))
+    logits, target = map(torch.from_numpy, _arrays(folder / PREDICTIONS_FILE, "logits", "target"))
+    try:
+        # The arms of these tables have linear classifiers, the scale of whose logits is 1.
+        return json.loads(measure(Outputs(*train), Outputs(embedding, logits, target)).to_json())
+    except TrainerError:
+        return None  # a network that collapsed is a result, too
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, float):
+        return float(f"{value:.{DIGITS}g}")
+    if isinstance(value, dict):
+        return {name: _rounded(inner) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [_rounded(inner) for inner in value]
+    return value
+
+
+# Files
+
+
+def load(file: Path) -> Results:
+    """Stored results.
+
+    Raises:
+        TrainerError: the file cannot be read, or is not one of results; the message says where.
+    """
+    content = read_json(file)
+    if not isinstance(content.get("table"), str) or content.get("tier") not in get_args(Tier):
+        raise TrainerError(f"{file}: no results of a table: table {content.get('table')}, tier {content.get('tier')}")
+    runs = content.get("runs")
+    if not isinstance(runs, dict):
+        raise TrainerError(f"{file}: no results of a table, no runs in it")
+    for name, values in runs.items():
+        _check_entry(f"{file}: runs.{name}", values)
+    return content
+
+
+def _check_entry(where: str, values: Any) -> None:
+    if not isinstance(values, dict):
+        raise TrainerError(f"{where}: expected fields, got {type(values).__name__}")
+    for name, kind in _FIELDS.items():
+        if name not in values:
+            raise TrainerError(f"{where}: no field {name!r}")
+        if not isinstance(values[name], kind) or isinstance(values[name], bool):
+            raise TrainerError(f"{where}.{name}: {type(values[name]).__name__} is not the type of it")
+
+
+def save(file: Path, results: Results) -> None:
+    """Write results in the place of what the file holds; a reader sees the old ones or the new.
+
+    Raises:
+        TrainerError: a value that is not finite, or the file cannot be written; it is as it was.
+    """
+    try:
+        lines = [
+            f"{json.dumps(name)}: {json.dumps(values, allow_nan=False)}"
+            for name, values in sorted(results["runs"].items())
+        ]
+    except ValueError as error:
+        raise TrainerError(f"{file}: {error}") from error
+    head = f'"table": {json.dumps(results["table"])}, "tier": {json.dumps(results["tier"])}, "runs"'
+    text = f"{{{head}: {{\n" + ",\n".join(lines) + "\n}}\n"
+    write_atomically(file, lambda stream: stream.write(text.encode()))
+
+
+def merge(old: Results, new: Results) -> Results:
+    """The runs of both. Where both have a run, the new one counts; what it lacks, the same run may have brought before.
+
+    Raises:
+        TrainerError: they are of two tables or tiers.
+    """
+    for name in ("table", "tier"):
+        if old[name] != new[name]:
+            raise TrainerError(f"{name}: the stored results are of {old[name]}, the new ones of {new[name]}")
+    runs = dict(old["runs"])
+    for name, values in new["runs"].items():
+        before = runs.get(name)
+        if before is not None and before["last"] == values["last"]:
+            values = values | {
+                "post_hoc": before["post_hoc"] | values["post_hoc"],
+                "elm": values["elm"] or before["elm"],
+            }
+        runs[name] = values
+    return {**new, "runs": runs}
+
+
+def store(file: Path, new: Results) -> Results:
+    """Merge results into a file, which two processes may do at once. Returns what the file holds then.
+
+    Raises:
+        TrainerError: the file is damaged or of another table, or it cannot be written; it is as it was.
+    """
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise TrainerError(f"cannot make the folder {file.parent}: {error.strerror}") from error
+    with folder_locked(file.parent):
+        old = load(file) if file.exists() else None
+        merged = new if old is None else merge(old, new)
+        if merged != old:
+            save(file, merged)
+    return merged
