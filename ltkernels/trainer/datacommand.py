@@ -18,6 +18,7 @@ from ltkernels.trainer import TrainerError
 from ltkernels.trainer.data.datasets import DATASETS, LongTail, data_root_of, load_dataset, long_tailed_split
 from ltkernels.trainer.data.images import ImageDataset, LabelledImages, MissingDataError
 from ltkernels.trainer.data.longtail import Profile, Split
+from ltkernels.trainer.data.pack import pack_file, read_index
 from ltkernels.trainer.metrics import FEW_BELOW, MANY_ABOVE, shot_group
 from ltkernels.trainer.runfolder import RunFolder
 
@@ -80,6 +81,8 @@ def run_data(options: DataOptions, console: Console) -> int:
     if found:
         console.print(_table(found))
         _draw_all(found, options, say)
+    for name in DATASETS if options.dataset == ALL else (options.dataset,):
+        _tell_of_pack(pack_file(data_root_of(options.data_root), name), say)
     for kind, errors in (("missing", missing), ("cannot be read", broken)):
         for name, error in errors.items():
             say(f"{name}, {kind}: {error}")
@@ -103,6 +106,22 @@ def _table(found: list[ImageDataset]) -> Table:
                 images.fingerprint[:FINGERPRINT_SHOWN],
             )
     return table
+
+
+def _tell_of_pack(file: Path, say: Callable[[str], None]) -> None:
+    """A line on a pack, if it is there."""
+    if not file.is_file():
+        return
+    try:
+        index = read_index(file)
+    except TrainerError as error:
+        say(f"pack, cannot be read: {error}")
+        return
+    say(f"{file}: a pack, {index.images} images of {index.dataset} for these long-tailed versions:")
+    for version in index.versions:
+        fields = ", ".join(f"{name} {value}" for name, value in vars(version.long_tail).items())
+        fingerprint = version.train.fingerprint[:FINGERPRINT_SHOWN]
+        say(f"  {fields}: {version.train.images} training images, sha256 {fingerprint}")
 
 
 def _range_of(images: LabelledImages) -> str:
