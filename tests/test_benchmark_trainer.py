@@ -72,7 +72,9 @@ def test_both_loops_give_loss_and_gradients_of_the_definition(loops, task):
 def test_both_loops_take_the_same_step(loops):
     plain, ours = loops["plain"], loops["ours"]
     images, target = plain.batch(SAMPLE)
-    for step in range(3):  # momentum and weight decay count from the second on
+    for setting in ("momentum", "weight_decay", "nesterov", "dampening"):  # decay moves little in few steps
+        assert plain.optimizer.param_groups[0][setting] == ours.fit.optimizer.param_groups[0][setting]
+    for step in range(3):  # momentum counts from the second on
         plain._take_step(plain.criterion(0), images, target, [Average() for _ in range(3)])
         set_learning_rate(ours.fit.optimizer, ours.fit.recipe.learning_rate(step))
         ours.fit._eager(Batch(images.contiguous(memory_format=torch.channels_last), target))
