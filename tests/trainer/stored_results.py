@@ -6,6 +6,7 @@ import json
 import numpy as np
 import torch
 
+from ltkernels.trainer import results
 from ltkernels.trainer.data.longtail import class_counts
 from ltkernels.trainer.metrics import CALIBRATION_BINS, harmonic_mean, shot_group
 from ltkernels.trainer.papers.elm_measures import ElmMeasures
@@ -107,8 +108,7 @@ def planned(table, tier, arms=None, seeds=None, subset_seeds=None):
 
 def save(folder, table, tier, runs):
     folder.mkdir(parents=True, exist_ok=True)
-    content = {"table": table, "tier": tier, "runs": dict(runs)}
-    (folder / f"{table}-{tier}.json").write_text(json.dumps(content))
+    results.save(folder / f"{table}-{tier}.json", {"table": table, "tier": tier, "runs": dict(runs)})
 
 
 LEVELS = {"ce": (38.0, 0.0), "ldam-drw": (42.0, 0.6), "vs": (43.0, 0.8), "logit-adjustment": (43.5, 0.9)}

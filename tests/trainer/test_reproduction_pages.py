@@ -313,7 +313,7 @@ def test_reliability_pools_images_not_runs(tmp_path):
         assert found.accuracy[k] == pytest.approx(right / images if images else 0.0)
     assert found.ece == pytest.approx(35.0)
     for run in results.values():
-        del run["calibration"]
+        run["calibration"] = {}
     stored.save(tmp_path / "results", "supervised-cifar100", "short", results)
     (section,) = Inputs.load(tmp_path / "results", tmp_path).sections("supervised-cifar100")
     assert supervised.reliability(section.lines[0]) is None
@@ -435,12 +435,13 @@ def test_no_results_say_so(tmp_path):
 
 def test_a_second_report_changes_nothing(tmp_path):
     results = stored.supervised(tmp_path / "results", arms=("ce", "vs"), seeds=(0, 1))
-    stored.elm_table(tmp_path / "results", seeds=(0,))
+    stored.elm_table(tmp_path / "results", arms=("elm",), seeds=(0,))
     report(tmp_path)
     before = {file.name: (file.read_bytes(), file.stat().st_mtime_ns) for file in (tmp_path / "out").iterdir()}
     assert sum(name.endswith(".png") for name in before) == 3
     backwards = dict(reversed(results.items()))
-    stored.save(tmp_path / "results", "supervised-cifar100", "short", backwards)
+    content = {"table": "supervised-cifar100", "tier": "short", "runs": backwards}
+    (tmp_path / "results" / "supervised-cifar100-short.json").write_text(json.dumps(content))
     report(tmp_path)
     assert {file.name: (file.read_bytes(), file.stat().st_mtime_ns) for file in (tmp_path / "out").iterdir()} == before
     for page in ("supervised.md", "elm.md"):
@@ -475,10 +476,25 @@ def test_projection_is_drawn_where_the_runs_are_and_kept_elsewhere(tmp_path, mon
     assert report(tmp_path)[1] == drawn and (tmp_path / "out" / name).read_bytes() == picture
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{}", '{"runs": []}', '{"runs": 1}'])
-def test_damaged_results(tmp_path, content):
-    (tmp_path / "results").mkdir()
-    (tmp_path / "results" / "supervised-cifar100-short.json").write_text(content)
+def _other_table(content):
+    content["table"] = "supervised-cifar10"
+
+
+def _no_recipe(content):
+    next(iter(content["runs"].values()))["recipe_fields"] = {"dataset": "cifar100"}
+
+
+def _no_scores(content):
+    del next(iter(content["runs"].values()))["last"]
+
+
+@pytest.mark.parametrize("damage", [_other_table, _no_recipe, _no_scores, lambda content: content.clear()])
+def test_damaged_results(tmp_path, damage):
+    stored.supervised(tmp_path / "results", arms=("ce",), seeds=(0,))
+    file = tmp_path / "results" / "supervised-cifar100-short.json"
+    content = json.loads(file.read_text())
+    damage(content)
+    file.write_text(json.dumps(content))
     with pytest.raises(TrainerError, match="supervised-cifar100-short.json"):
         report(tmp_path)
 

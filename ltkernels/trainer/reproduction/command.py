@@ -13,6 +13,7 @@ from rich.console import Console
 from ltkernels.trainer import TrainerError
 from ltkernels.trainer.reproduction import elm, supervised
 from ltkernels.trainer.reproduction.inputs import Inputs, Page
+from ltkernels.trainer.results import RESULTS
 from ltkernels.trainer.runfolder import RunFolder
 
 PageName: TypeAlias = Literal["supervised", "elm"]
@@ -26,9 +27,9 @@ class ReportOptions:
 
     names: Annotated[tuple[PageName, ...], tyro.conf.Positional] = get_args(PageName)
     """Pages to write."""
-    results: Path = Path("docs/reproduction/results")
+    results: Path = RESULTS
     """Folder with the results of the tables, TABLE-TIER.json."""
-    out: Path = Path("docs/reproduction")
+    out: Path = RESULTS.parent
     """Folder of the pages; notes-PAGE.md in it, where it is there, becomes part of the box at the top of the page."""
     runs: Path | None = None
     """Folder with run folders: pictures of embeddings are drawn from those that are there, else earlier ones stay."""

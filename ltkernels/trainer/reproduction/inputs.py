@@ -45,7 +45,7 @@ class Inputs:
         for table in TABLES:
             for tier in TIERS:
                 file = results / f"{table}-{tier}.json"
-                if file.is_file() and (found := read(file)):
+                if file.is_file() and (found := read(file, table, tier)):
                     stored[table, tier] = found
         return cls(stored, out, runs)
 

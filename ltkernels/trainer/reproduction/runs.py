@@ -14,8 +14,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
-from ltkernels.trainer import TrainerError
-from ltkernels.trainer.image_recipes import TIERS
+from ltkernels.trainer import TrainerError, results
+from ltkernels.trainer.image_recipes import Tier
 from ltkernels.trainer.metrics import PairedDifference, paired_difference
 from ltkernels.trainer.papers.elm_measures import ElmMeasures
 from ltkernels.trainer.reproduction.published import Setting
@@ -180,7 +180,7 @@ class Section:
 
     @property
     def is_full(self) -> bool:
-        return self.tier == "full" and self.recipe["steps"] == TIERS["full"]
+        return self.tier == "full"
 
     @property
     def data_title(self) -> str:
@@ -245,16 +245,17 @@ def _lines_of_arm(arm: str, runs: Sequence[StoredRun]) -> list[Line]:
     return lines
 
 
-def read(file: Path) -> list[StoredRun]:
+def read(file: Path, table: str, tier: Tier) -> list[StoredRun]:
     """The runs of a file of results.
 
     Raises:
-        TrainerError: the file cannot be read, or is not one of results.
+        TrainerError: the file cannot be read, is not one of results, or is of another table or tier.
     """
-    try:
-        stored = json.loads(file.read_text())["runs"]
-        return [StoredRun(name, values) for name, values in sorted(stored.items())]
-    except OSError as error:
-        raise TrainerError(f"{file}: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise TrainerError(f"{file}: no results of a table ({type(error).__name__}: {error})") from error
+    content = results.load(file)
+    if (content["table"], content["tier"]) != (table, tier):
+        raise TrainerError(f"{file}: these are results of {content['table']}, tier {content['tier']}")
+    for name, values in content["runs"].items():
+        missing = [field for field in (*_OF_THE_SECTION, "long_tail") if field not in values["recipe_fields"]]
+        if missing:
+            raise TrainerError(f"{file}: runs.{name}.recipe_fields: no field {missing[0]!r}")
+    return [StoredRun(name, values) for name, values in content["runs"].items()]
