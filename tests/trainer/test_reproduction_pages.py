@@ -15,6 +15,7 @@ import stored_results as stored  # noqa: E402
 from rich.console import Console  # noqa: E402
 
 from ltkernels.trainer import TrainerError  # noqa: E402
+from ltkernels.trainer.cli import main  # noqa: E402
 from ltkernels.trainer.reproduction import elm, elm_claims, plots, published, runs, supervised  # noqa: E402
 from ltkernels.trainer.reproduction.command import ReportOptions, run_report  # noqa: E402
 from ltkernels.trainer.reproduction.inputs import Inputs  # noqa: E402
@@ -454,6 +455,28 @@ def test_one_page_alone(tmp_path, quick):
     options = ReportOptions(names=("elm",), results=tmp_path / "results", out=tmp_path / "out")
     assert run_report(options, Console(quiet=True)) == 0
     assert [file.name for file in (tmp_path / "out").iterdir()] == ["elm.md"]
+
+
+def test_command_line(tmp_path, quick, capsys):
+    stored.supervised(tmp_path / "results", arms=("ce",), seeds=(0,))
+    folders = ["--results", str(tmp_path / "results"), "--out", str(tmp_path / "out")]
+    assert main(["report", "supervised", *folders]) == 0
+    assert "supervised.md" in capsys.readouterr().out
+    assert main(["report", *folders]) == 0
+    assert (tmp_path / "out" / "elm.md").is_file()
+    assert main(["report", "nothing", *folders]) == 2
+
+
+def test_pictures_of_sections_that_differ_in_something_else_have_names_of_their_own(tmp_path, quick):
+    results = stored.supervised(tmp_path / "results", arms=("ce", "vs"), seeds=(0,))
+    wide = {}
+    for name, run in results.items():
+        fields = run["recipe_fields"] | {"width": 2.0}
+        wide[name[::-1]] = run | {"recipe_fields": fields}
+    stored.save(tmp_path / "results", "supervised-cifar100", "short", results | wide)
+    page, _ = report(tmp_path)
+    pictures = re.findall(r"\]\((.+\.png)\)", page)
+    assert len(pictures) == 4 == len(set(pictures)) == len(list((tmp_path / "out").glob("*.png")))
 
 
 def test_projection_is_drawn_where_the_runs_are_and_kept_elsewhere(tmp_path, monkeypatch):

@@ -29,7 +29,7 @@ from ltkernels.trainer.reproduction.page import (
     numbers,
     protocol,
 )
-from ltkernels.trainer.reproduction.runs import Line, Pair, Section, StoredRun
+from ltkernels.trainer.reproduction.runs import Line, Pair, Section, StoredRun, slugs
 from ltkernels.trainer.runlog import FEATURES_FILE, PREDICTIONS_FILE
 from ltkernels.trainer.tables import ELM_WEIGHTS, TABLES
 
@@ -69,8 +69,8 @@ def page(inputs: Inputs) -> Page:
     lines += [*_claims_fixed(), "## Commands", "", "Every number and picture of this page:", ""]
     lines += commands(dict.fromkeys((section.table, section.stored_tier) for section in (*tuned, *sections)))
     pictures: dict[str, bytes] = {}
-    for section in sections:
-        lines += _section(section, inputs, pictures, tuned)
+    for section, slug in zip(sections, slugs(sections), strict=True):
+        lines += _section(section, slug, inputs, pictures, tuned)
     lines += ["## Weight of the embedding loss", ""]
     lines += _how_tuned() if tuned else ["No weight was tried on validation images yet.", ""]
     for section in tuned:
@@ -96,9 +96,9 @@ def _left_out(sections: Sequence[Section], tuned: Sequence[Section]) -> Iterator
             yield f"{section.title}, not run yet: {'; '.join(missing)}."
     if tuned:
         yield (
-            "Equal tuning: the weight of ELM was chosen among "
+            "Tuning was not equal: the weight of ELM was chosen among "
             f"{max(sum(weight_of(line) is not None for line in section.lines) for section in tuned)} values, while "
-            "tau of logit margins only stayed at its default, so ELM had the larger search."
+            "logit margins only kept the default tau, so ELM had the larger search."
         )
     if sections and not any(section.tier.startswith("full") for section in sections):
         yield (
@@ -137,7 +137,9 @@ def _claims_fixed() -> list[str]:
 # A section
 
 
-def _section(section: Section, inputs: Inputs, pictures: dict[str, bytes], tuned: Sequence[Section]) -> list[str]:
+def _section(
+    section: Section, slug: str, inputs: Inputs, pictures: dict[str, bytes], tuned: Sequence[Section]
+) -> list[str]:
     missing = arms_without_runs(section)
     return [
         f"## {section.title}",
@@ -147,7 +149,7 @@ def _section(section: Section, inputs: Inputs, pictures: dict[str, bytes], tuned
         _accuracies(section),
         *([f"Not run yet: {'; '.join(missing)}.", ""] if missing else []),
         *_measures(section),
-        *_pictures(section, inputs, pictures),
+        *_pictures(section, slug, inputs, pictures),
         "### Protocol",
         "",
         *protocol(section),
@@ -287,7 +289,7 @@ def chosen_weight(section: Section) -> float | None:
 # Pictures
 
 
-def _pictures(section: Section, inputs: Inputs, pictures: dict[str, bytes]) -> list[str]:
+def _pictures(section: Section, slug: str, inputs: Inputs, pictures: dict[str, bytes]) -> list[str]:
     lines = []
     measures = {
         line.title: found
@@ -295,10 +297,10 @@ def _pictures(section: Section, inputs: Inputs, pictures: dict[str, bytes]) -> l
         if (found := [run.measures for run in line.runs if run.measures is not None])
     }
     if measures:
-        name = f"{section.slug}-spread.png"
+        name = f"{slug}-spread.png"
         pictures[name] = spread_picture(measures)
         lines += [f"![Spread and relative spread of each class over its training images]({name})", ""]
-    name = f"{section.slug}-projection.png"
+    name = f"{slug}-projection.png"
     drawn = _projection(section, inputs.runs)
     if drawn is not None:
         pictures[name] = drawn

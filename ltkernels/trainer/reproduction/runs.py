@@ -197,13 +197,20 @@ class Section:
 
     @property
     def slug(self) -> str:
-        """For names of pictures."""
+        """For names of pictures; :func:`slugs` tells sections apart that differ in something else."""
         parts = (self.table, self.tier, self.recipe["precision"])
         return re.sub(r"[^a-z0-9]+", "-", "-".join(parts).lower()).strip("-")
 
     def line(self, method: str) -> Line | None:
         """The first line of a method of ``METHODS``."""
         return next((line for line in self.lines if line.method == method), None)
+
+
+def slugs(found: Sequence[Section]) -> list[str]:
+    """One for each section, with a number behind those that would come twice."""
+    names = [section.slug for section in found]
+    earlier = [names[:index].count(name) for index, name in enumerate(names)]
+    return [f"{name}-{count + 1}" if count else name for name, count in zip(names, earlier, strict=True)]
 
 
 def sections(table: str, stored_tier: str, runs: Sequence[StoredRun], arms: Sequence[str]) -> list[Section]:

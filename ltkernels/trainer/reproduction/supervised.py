@@ -29,7 +29,7 @@ from ltkernels.trainer.reproduction.page import (
     numbers,
     protocol,
 )
-from ltkernels.trainer.reproduction.runs import DATASET_TITLES, Line, Section, StoredRun
+from ltkernels.trainer.reproduction.runs import DATASET_TITLES, Line, Section, StoredRun, slugs
 from ltkernels.trainer.tables import TABLES
 
 NAME = "supervised"
@@ -56,11 +56,8 @@ def page(inputs: Inputs) -> Page:
     lines += [*_how_to_read(), "## Commands", "", "Every number and picture of this page:", ""]
     lines += commands(dict.fromkeys((section.table, section.stored_tier) for section in sections))
     pictures: dict[str, bytes] = {}
-    slugs: list[str] = []
-    for section in sections:
-        slugs.append(section.slug)
-        again = slugs.count(section.slug)
-        lines += _section(section, section.slug + (f"-{again}" if again > 1 else ""), pictures)
+    for section, slug in zip(sections, slugs(sections), strict=True):
+        lines += _section(section, slug, pictures)
     return Page("\n".join(lines), pictures)
 
 
