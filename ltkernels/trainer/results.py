@@ -7,6 +7,7 @@ the hash of its recipe; floats have six significant digits, those of the recipe 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, TypeAlias, get_args
@@ -62,22 +63,29 @@ def results_file(table: str, tier: Tier) -> Path:
 # Of run folders
 
 
-def collect(table: str, tier: Tier, runs: Path) -> Results:
+def collect(table: str, tier: Tier, runs: Path, unreadable: Callable[[TrainerError], None] | None = None) -> Results:
     """The results of the finished runs of a table.
 
     Args:
         table: Its name.
         tier: Of its runs.
         runs: Folder with the run folders.
+        unreadable: Called with the error for each finished run whose files cannot be read; it is left out.
 
     Raises:
-        TrainerError: an unknown table, or a finished run whose files cannot be read.
+        TrainerError: an unknown table; without ``unreadable``, also a finished run whose files cannot be read.
     """
     entries = {}
     for planned in table_named(table).runs(tier):
         folder = runs / planned.name
-        if (folder / METRICS_FILE).is_file():
+        if not (folder / METRICS_FILE).is_file():
+            continue
+        try:
             entries[planned.recipe.hash] = entry(table, planned, folder)
+        except TrainerError as error:
+            if unreadable is None:
+                raise
+            unreadable(error)
     return {"table": table, "tier": tier, "runs": entries}
 
 
@@ -87,9 +95,10 @@ def entry(table: str, planned: PlannedRun, folder: Path) -> dict[str, Any]:
     Raises:
         TrainerError: a file of the run cannot be read, or it is of another recipe.
     """
-    metrics, config = read_json(folder / METRICS_FILE), read_json(folder / "config.json")
-    _, recipe = load_recipe(folder / RECIPE_FILE)
+    metrics = read_json(folder / METRICS_FILE)
     check_hash(folder, metrics, planned)
+    config = read_json(folder / "config.json")
+    _, recipe = load_recipe(folder / RECIPE_FILE)
     both = config | metrics  # older runs have some values in one of them only
     try:
         finished = datetime.fromisoformat(config["started"]) + timedelta(seconds=both["seconds"])

@@ -113,11 +113,15 @@ def run_table(options: TableOptions, console: Console) -> int:
     queue = Queue(planned, options, say, on_finished)
     with stop_signals() as received:
         queue.work(received)
-    console.print(overview(planned, options.runs))
-    stored = results.store(file, results.collect(options.name, options.tier, options.runs))
+    unreadable: list[TrainerError] = []
+    stored = results.store(file, results.collect(options.name, options.tier, options.runs, unreadable.append))
+    console.print(overview(planned, stored))
     say(f"{len(stored['runs'])} runs stored in {file}")
+    for error in unreadable:
+        say(f"not stored: {error}")
     if queue.failed:
         say(f"failed, tried again the next time: {', '.join(queue.failed)}")
+    if queue.failed or unreadable:
         return 1
     if received:
         return INTERRUPTED if signal.SIGINT in received else TERMINATED
@@ -371,8 +375,8 @@ def _last_lines(job: _Job) -> str:
     return "\n".join(f"  {line}" for line in lines[-_LINES_OF_A_FAILURE:])
 
 
-def overview(planned: Sequence[PlannedRun], runs: Path) -> RichTable:
-    """For each arm how many of its runs are finished, and their last overall accuracy."""
+def overview(planned: Sequence[PlannedRun], stored: results.Results) -> RichTable:
+    """For each arm how many of its runs are stored, whichever machine they are from, and their last accuracy."""
     table = RichTable(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
     table.add_column("method")
     table.add_column("runs", justify="right")
@@ -381,8 +385,8 @@ def overview(planned: Sequence[PlannedRun], runs: Path) -> RichTable:
     for run in planned:
         by_arm.setdefault(run.arm.label, []).append(run)
     for label, members in by_arm.items():
-        files = [runs / run.name / METRICS_FILE for run in members]
-        values = [results.read_json(file)["last"]["overall"] for file in files if file.is_file()]
+        found = [stored["runs"].get(run.recipe.hash) for run in members]
+        values = [run["last"]["overall"] for run in found if run is not None]
         spread = f" ± {np.std(values, ddof=1):.2f}" if len(values) > 1 else ""
         mean = f"{np.mean(values):.2f}{spread}" if values else "-"
         table.add_row(label, f"{len(values)}/{len(members)}", mean)
