@@ -2,14 +2,19 @@
 
 import dataclasses
 import json
+import re
 
 import numpy as np
 import torch
+from rich.console import Console
 
 from ltkernels.trainer import results
 from ltkernels.trainer.data.longtail import class_counts
 from ltkernels.trainer.metrics import CALIBRATION_BINS, harmonic_mean, shot_group
 from ltkernels.trainer.papers.elm_measures import ElmMeasures
+from ltkernels.trainer.reproduction import elm as elm_page
+from ltkernels.trainer.reproduction import plots
+from ltkernels.trainer.reproduction.command import ReportOptions, run_report
 from ltkernels.trainer.tables import TABLES
 
 CLASSES = {"cifar100": 100, "cifar10": 10, "fashion-mnist": 10}
@@ -154,3 +159,51 @@ def elm_tuning(folder, best=0.3, table="elm-tuning-cifar100", tier="short", with
             runs[name] = values
     save(folder, table, tier, runs)
     return runs
+
+
+# Reports of them
+
+
+# Half widths of the 95 % intervals by hand: 2.5706 (t, five degrees of freedom) * std / sqrt(6).
+DIFFERENCES = {
+    "supported": ((1.0, 2.0, 3.0, 4.0, 5.0, 6.0), "[+1.54, +5.46]"),
+    "worse": ((-1.0, -2.0, -3.0, -4.0, -5.0, -6.0), "[-5.46, -1.54]"),
+    "not worse": ((-0.1, 0.1, -0.1, 0.1, -0.1, 0.1), "[-0.11, +0.11]"),
+    "inconclusive": ((-3.0, 3.0, -3.0, 3.0, -3.0, 3.0), "[-3.45, +3.45]"),
+}
+
+
+def without_pictures(monkeypatch):
+    """Without the time that pictures take."""
+    for module, name in (
+        (plots, "per_class_picture"),
+        (plots, "reliability_picture"),
+        (elm_page, "spread_picture"),
+        (elm_page, "projection_picture"),
+    ):
+        monkeypatch.setattr(module, name, lambda *arguments: b"a picture")
+
+
+def report(tmp_path, **options):
+    options = ReportOptions(results=tmp_path / "results", out=tmp_path / "out", **options)
+    assert run_report(options, Console(quiet=True)) == 0
+    return (tmp_path / "out" / "supervised.md").read_text(), (tmp_path / "out" / "elm.md").read_text()
+
+
+def rows(text, first_heading="method"):
+    """Rows of the first table with this first heading, as dictionaries."""
+    lines = text.splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith(f"| {first_heading} |"))
+    headings = [cell.strip() for cell in lines[start].strip("|").split("|")]
+    found = []
+    for line in lines[start + 2 :]:
+        if not line.startswith("|"):
+            break
+        found.append(dict(zip(headings, (cell.strip() for cell in line.strip("|").split("|")), strict=True)))
+    return found
+
+
+def parts(text):
+    """The sections of a page by their headings."""
+    found = re.split(r"^## (.+)$", text, flags=re.M)
+    return dict(zip(found[1::2], found[2::2], strict=True))

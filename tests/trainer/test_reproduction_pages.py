@@ -13,10 +13,11 @@ pytest.importorskip("lightning_fabric", reason="needs the trainer's dependencies
 
 import stored_results as stored  # noqa: E402
 from rich.console import Console  # noqa: E402
+from stored_results import DIFFERENCES, parts, report, rows  # noqa: E402
 
 from ltkernels.trainer import TrainerError  # noqa: E402
 from ltkernels.trainer.cli import main  # noqa: E402
-from ltkernels.trainer.reproduction import elm, elm_claims, plots, published, runs, supervised  # noqa: E402
+from ltkernels.trainer.reproduction import plots, published, supervised  # noqa: E402
 from ltkernels.trainer.reproduction.command import ReportOptions, run_report  # noqa: E402
 from ltkernels.trainer.reproduction.inputs import Inputs  # noqa: E402
 from ltkernels.trainer.tables import TABLES  # noqa: E402
@@ -42,39 +43,7 @@ cifar10 exp 100 logit-adjustment c 77.89 -      cifar100 exp 100 logit-adjustmen
 
 @pytest.fixture
 def quick(monkeypatch):
-    """Without the time that pictures take."""
-    for module, name in (
-        (plots, "per_class_picture"),
-        (plots, "reliability_picture"),
-        (elm, "spread_picture"),
-        (elm, "projection_picture"),
-    ):
-        monkeypatch.setattr(module, name, lambda *arguments: b"a picture")
-
-
-def report(tmp_path, **options):
-    options = ReportOptions(results=tmp_path / "results", out=tmp_path / "out", **options)
-    assert run_report(options, Console(quiet=True)) == 0
-    return (tmp_path / "out" / "supervised.md").read_text(), (tmp_path / "out" / "elm.md").read_text()
-
-
-def rows(text, first_heading="method"):
-    """Rows of the first table with this first heading, as dictionaries."""
-    lines = text.splitlines()
-    start = next(i for i, line in enumerate(lines) if line.startswith(f"| {first_heading} |"))
-    headings = [cell.strip() for cell in lines[start].strip("|").split("|")]
-    found = []
-    for line in lines[start + 2 :]:
-        if not line.startswith("|"):
-            break
-        found.append(dict(zip(headings, (cell.strip() for cell in line.strip("|").split("|")), strict=True)))
-    return found
-
-
-def parts(text):
-    """The sections of a page by their headings."""
-    found = re.split(r"^## (.+)$", text, flags=re.M)
-    return dict(zip(found[1::2], found[2::2], strict=True))
+    stored.without_pictures(monkeypatch)
 
 
 # Reported numbers
@@ -264,15 +233,6 @@ def test_numbers_for_other_class_counts_are_not_put_beside_ours(tmp_path, quick)
     assert "No reported numbers are known" in page
 
 
-# Half widths of the 95 % intervals by hand: 2.5706 (t, five degrees of freedom) * std / sqrt(6).
-DIFFERENCES = {
-    "supported": ((1.0, 2.0, 3.0, 4.0, 5.0, 6.0), "[+1.54, +5.46]"),
-    "worse": ((-1.0, -2.0, -3.0, -4.0, -5.0, -6.0), "[-5.46, -1.54]"),
-    "not worse": ((-0.1, 0.1, -0.1, 0.1, -0.1, 0.1), "[-0.11, +0.11]"),
-    "inconclusive": ((-3.0, 3.0, -3.0, 3.0, -3.0, 3.0), "[-3.45, +3.45]"),
-}
-
-
 @pytest.mark.parametrize("claim", DIFFERENCES)
 def test_claims_of_methods(tmp_path, quick, claim):
     differences, interval = DIFFERENCES[claim]
@@ -327,96 +287,6 @@ def test_running_means():
     assert found[0, 0] == pytest.approx(values[0, :6].mean())
     assert found[0, 99] == pytest.approx(values[0, 94:].mean())
     assert plots.smoothed(values[:, :10]) is not None and (plots.smoothed(values[:, :10]) == values[:, :10]).all()
-
-
-# The page of ELM
-
-
-def elm_results(tmp_path, spread=None, accuracy=None, loss=None, seeds=(0, 1, 2)):
-    """Runs of ELM and logit margins only: ratios or differences of each pair."""
-    methods = ("two-view-logit-adjustment", "elm")
-    results = stored.elm_table(tmp_path / "results", arms=methods, seeds=seeds)
-    for run in results.values():
-        pair, is_elm = 3 * run["subset_seed"] + run["seed"], run["arm"].startswith("ELM")
-        few = [n < 20 for n in run["counts"]]
-        base = 1.0 + 0.1 * pair
-        value = base * (spread[pair] if spread and is_elm else 1.0)
-        run["elm"]["relative_spread"] = [value if rare else 7.0 for rare in few]
-        run["elm"]["loss_gap"] = [base + (loss[pair] if loss and is_elm else 0.0)] * len(few)
-        run["last"]["overall"] = 40 + pair + (accuracy[pair] if accuracy and is_elm else 0.0)
-    stored.save(tmp_path / "results", "elm-cifar100", "short", results)
-    return [row["verdict"] for row in rows(report(tmp_path)[1], "claim")]
-
-
-@pytest.mark.parametrize(
-    "change, claim, verdict",
-    [
-        ({"spread": (0.8, 0.81, 0.79, 0.8, 0.8, 0.8)}, 0, "supported"),
-        ({"spread": (0.95, 0.96, 0.94, 0.95, 0.95, 0.95)}, 0, "not worse"),
-        ({"spread": (0.5, 1.5, 0.5, 1.5, 0.5, 0.5)}, 0, "inconclusive"),
-        ({"spread": (1.2, 1.21, 1.19, 1.2, 1.2, 1.2)}, 0, "refuted"),
-        ({"accuracy": DIFFERENCES["supported"][0]}, 1, "supported"),
-        ({"accuracy": DIFFERENCES["not worse"][0]}, 1, "not worse"),
-        ({"accuracy": DIFFERENCES["inconclusive"][0]}, 1, "inconclusive"),
-        ({"accuracy": DIFFERENCES["worse"][0]}, 1, "refuted"),
-        ({"loss": DIFFERENCES["worse"][0]}, 2, "supported"),
-        ({"loss": DIFFERENCES["not worse"][0]}, 2, "inconclusive"),
-        ({"loss": DIFFERENCES["supported"][0]}, 2, "refuted"),
-    ],
-)
-def test_claims_of_elm(tmp_path, quick, change, claim, verdict):
-    assert elm_results(tmp_path, **change)[claim] == f"**{verdict}**"
-
-
-def test_claims_of_elm_need_six_pairs(tmp_path, quick):
-    verdicts = elm_results(tmp_path, spread=(0.5,) * 6, seeds=(0, 1))
-    assert verdicts == ["**not decided** (too few pairs: 4 of 6)"] * 3
-
-
-def test_ratio_is_the_mean_of_the_ratios(tmp_path, quick):
-    ratios = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
-    elm_results(tmp_path, spread=ratios)
-    (section,) = Inputs.load(tmp_path / "results", tmp_path).sections("elm-cifar100")
-    found = elm_claims.mean_ratio(section.line("elm"), section.line(elm.LOGIT_ONLY))
-    assert found == pytest.approx(np.mean(ratios))
-    assert "mean ratio 0.750" in report(tmp_path)[1]
-
-
-def test_measures_of_elm_are_group_means(tmp_path, quick):
-    results = stored.elm_table(tmp_path / "results")
-    page = report(tmp_path)[1]
-    table = {
-        (row["method"], row["classes"]): row
-        for row in rows(parts(page)[next(t for t in parts(page) if "CIFAR" in t)].split("### Measures")[1])
-    }
-    of_elm = [run for run in results.values() if run["arm"].startswith("ELM")]
-    few = np.array([n < 20 for n in of_elm[0]["counts"]])
-    for heading, name in (("relative spread", "relative_spread"), ("norm", "norm"), ("loss gap, nats", "loss_gap")):
-        means = np.array([np.array(run["elm"][name])[few].mean() for run in of_elm])
-        assert table["ELM (A)", "few"][heading] == f"{means.mean():.3f} ±{means.std(ddof=1):.3f}"
-    assert "reconstruction" in page and "No reported numbers exist" in page
-
-
-def test_no_few_shot_classes(tmp_path, quick):
-    stored.elm_table(tmp_path / "results", "elm-cifar10")
-    verdicts = [row["verdict"] for row in rows(report(tmp_path)[1], "claim")]
-    assert verdicts[0].startswith("**not decided** (no few-shot classes") and verdicts[1] == "**supported**"
-
-
-@pytest.mark.parametrize("best", [0.03, 0.3])
-def test_chosen_weight(tmp_path, quick, best):
-    stored.elm_table(tmp_path / "results", seeds=(0,))
-    stored.elm_tuning(tmp_path / "results", best, without=(1.0,))
-    page = report(tmp_path)[1]
-    assert f"Chosen: lambda {best:g}. Not run yet: lambda 1." in page
-    assert f"ELM's lambda is 0.1 here, not the one chosen ({best:g})" in page
-    assert f"| **ELM (A), lambda {best:g}** |" in page and page.count("| **ELM (A), lambda") == 1
-    assert "held-out validation images" in page and "ELM had the larger search" in page
-
-
-def test_of_equal_weights_the_smaller_one_is_chosen(tmp_path, quick):
-    stored.elm_tuning(tmp_path / "results", best=None)
-    assert "Chosen: lambda 0.03." in report(tmp_path)[1]
 
 
 # Files
@@ -479,26 +349,6 @@ def test_pictures_of_sections_that_differ_in_something_else_have_names_of_their_
     assert len(pictures) == 4 == len(set(pictures)) == len(list((tmp_path / "out").glob("*.png")))
 
 
-def test_projection_is_drawn_where_the_runs_are_and_kept_elsewhere(tmp_path, monkeypatch):
-    monkeypatch.setattr(elm, "spread_picture", lambda *arguments: b"a picture")
-    results = stored.elm_table(tmp_path / "results", seeds=(0,), subset_seeds=(0,))
-    name = "elm-cifar100-short-2-views-32-true-projection.png"
-    assert name not in report(tmp_path)[1]
-    noise = np.random.default_rng(0)
-    for found, run in results.items():
-        folder = tmp_path / "runs" / f"{run['recipe']}-{found}"
-        folder.mkdir(parents=True)
-        assert name not in report(tmp_path, runs=tmp_path / "runs")[1]
-        target = np.repeat(np.arange(100), 3)
-        embedding = (np.eye(100)[target] + 0.1 * noise.normal(size=(300, 100))).astype(np.float16)
-        np.savez(folder / "features.npz", test_embedding=embedding)
-        np.savez(folder / "predictions.npz", logits=embedding, target=target)
-    drawn = report(tmp_path, runs=tmp_path / "runs")[1]
-    picture = (tmp_path / "out" / name).read_bytes()
-    assert f"]({name})" in drawn and picture.startswith(b"\x89PNG")
-    assert report(tmp_path)[1] == drawn and (tmp_path / "out" / name).read_bytes() == picture
-
-
 def _other_table(content):
     content["table"] = "supervised-cifar10"
 
@@ -528,10 +378,3 @@ def test_damaged_folders(tmp_path):
     (tmp_path / "out").write_text("a file")
     with pytest.raises(TrainerError, match="cannot write"):
         report(tmp_path)
-
-
-def test_measures_are_read_as_text_or_as_values():
-    measures = stored.elm([30, 20, 10], 1.0, np.random.default_rng(0))
-    for content in (measures.to_json(), json.loads(measures.to_json())):
-        found = runs.StoredRun("0", {"elm": content}).measures
-        assert found.group_means() == measures.group_means()

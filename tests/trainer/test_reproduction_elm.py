@@ -1,0 +1,133 @@
+"""The page of ELM: claims decided on made-up results of tables, and the pictures that need run folders."""
+
+import json
+
+import numpy as np
+import pytest
+
+pytest.importorskip("lightning_fabric", reason="needs the trainer's dependencies: pip install 'ltkernels[trainer]'")
+
+import stored_results as stored  # noqa: E402
+from stored_results import DIFFERENCES, parts, report, rows  # noqa: E402
+
+from ltkernels.trainer.reproduction import elm, elm_claims, runs  # noqa: E402
+from ltkernels.trainer.reproduction.inputs import Inputs  # noqa: E402
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    stored.without_pictures(monkeypatch)
+
+
+def elm_results(tmp_path, spread=None, accuracy=None, loss=None, seeds=(0, 1, 2)):
+    """Runs of ELM and logit margins only: ratios or differences of each pair."""
+    methods = ("two-view-logit-adjustment", "elm")
+    results = stored.elm_table(tmp_path / "results", arms=methods, seeds=seeds)
+    for run in results.values():
+        pair, is_elm = 3 * run["subset_seed"] + run["seed"], run["arm"].startswith("ELM")
+        few = [n < 20 for n in run["counts"]]
+        base = 1.0 + 0.1 * pair
+        value = base * (spread[pair] if spread and is_elm else 1.0)
+        run["elm"]["relative_spread"] = [value if rare else 7.0 for rare in few]
+        run["elm"]["loss_gap"] = [base + (loss[pair] if loss and is_elm else 0.0)] * len(few)
+        run["last"]["overall"] = 40 + pair + (accuracy[pair] if accuracy and is_elm else 0.0)
+    stored.save(tmp_path / "results", "elm-cifar100", "short", results)
+    return [row["verdict"] for row in rows(report(tmp_path)[1], "claim")]
+
+
+@pytest.mark.parametrize(
+    "change, claim, verdict",
+    [
+        ({"spread": (0.8, 0.81, 0.79, 0.8, 0.8, 0.8)}, 0, "supported"),
+        ({"spread": (0.95, 0.96, 0.94, 0.95, 0.95, 0.95)}, 0, "not worse"),
+        ({"spread": (0.5, 1.5, 0.5, 1.5, 0.5, 0.5)}, 0, "inconclusive"),
+        ({"spread": (1.2, 1.21, 1.19, 1.2, 1.2, 1.2)}, 0, "refuted"),
+        ({"accuracy": DIFFERENCES["supported"][0]}, 1, "supported"),
+        ({"accuracy": DIFFERENCES["not worse"][0]}, 1, "not worse"),
+        ({"accuracy": DIFFERENCES["inconclusive"][0]}, 1, "inconclusive"),
+        ({"accuracy": DIFFERENCES["worse"][0]}, 1, "refuted"),
+        ({"loss": DIFFERENCES["worse"][0]}, 2, "supported"),
+        ({"loss": DIFFERENCES["not worse"][0]}, 2, "inconclusive"),
+        ({"loss": DIFFERENCES["supported"][0]}, 2, "refuted"),
+    ],
+)
+def test_claims_of_elm(tmp_path, quick, change, claim, verdict):
+    assert elm_results(tmp_path, **change)[claim] == f"**{verdict}**"
+
+
+def test_claims_of_elm_need_six_pairs(tmp_path, quick):
+    verdicts = elm_results(tmp_path, spread=(0.5,) * 6, seeds=(0, 1))
+    assert verdicts == ["**not decided** (too few pairs: 4 of 6)"] * 3
+
+
+def test_ratio_is_the_mean_of_the_ratios(tmp_path, quick):
+    ratios = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+    elm_results(tmp_path, spread=ratios)
+    (section,) = Inputs.load(tmp_path / "results", tmp_path).sections("elm-cifar100")
+    found = elm_claims.mean_ratio(section.line("elm"), section.line(elm.LOGIT_ONLY))
+    assert found == pytest.approx(np.mean(ratios))
+    assert "mean ratio 0.750" in report(tmp_path)[1]
+
+
+def test_measures_of_elm_are_group_means(tmp_path, quick):
+    results = stored.elm_table(tmp_path / "results")
+    page = report(tmp_path)[1]
+    table = {
+        (row["method"], row["classes"]): row
+        for row in rows(parts(page)[next(t for t in parts(page) if "CIFAR" in t)].split("### Measures")[1])
+    }
+    of_elm = [run for run in results.values() if run["arm"].startswith("ELM")]
+    few = np.array([n < 20 for n in of_elm[0]["counts"]])
+    for heading, name in (("relative spread", "relative_spread"), ("norm", "norm"), ("loss gap, nats", "loss_gap")):
+        means = np.array([np.array(run["elm"][name])[few].mean() for run in of_elm])
+        assert table["ELM (A)", "few"][heading] == f"{means.mean():.3f} ±{means.std(ddof=1):.3f}"
+    assert "reconstruction" in page and "No reported numbers exist" in page
+
+
+def test_no_few_shot_classes(tmp_path, quick):
+    stored.elm_table(tmp_path / "results", "elm-cifar10")
+    verdicts = [row["verdict"] for row in rows(report(tmp_path)[1], "claim")]
+    assert verdicts[0].startswith("**not decided** (no few-shot classes") and verdicts[1] == "**supported**"
+
+
+@pytest.mark.parametrize("best", [0.03, 0.3])
+def test_chosen_weight(tmp_path, quick, best):
+    stored.elm_table(tmp_path / "results", seeds=(0,))
+    stored.elm_tuning(tmp_path / "results", best, without=(1.0,))
+    page = report(tmp_path)[1]
+    assert f"Chosen: lambda {best:g}. Not run yet: lambda 1." in page
+    assert f"ELM's lambda is 0.1 here, not the one chosen ({best:g})" in page
+    assert f"| **ELM (A), lambda {best:g}** |" in page and page.count("| **ELM (A), lambda") == 1
+    assert "held-out validation images" in page and "ELM had the larger search" in page
+
+
+def test_of_equal_weights_the_smaller_one_is_chosen(tmp_path, quick):
+    stored.elm_tuning(tmp_path / "results", best=None)
+    assert "Chosen: lambda 0.03." in report(tmp_path)[1]
+
+
+def test_projection_is_drawn_where_the_runs_are_and_kept_elsewhere(tmp_path, monkeypatch):
+    monkeypatch.setattr(elm, "spread_picture", lambda *arguments: b"a picture")
+    results = stored.elm_table(tmp_path / "results", seeds=(0,), subset_seeds=(0,))
+    name = "elm-cifar100-short-2-views-32-true-projection.png"
+    assert name not in report(tmp_path)[1]
+    noise = np.random.default_rng(0)
+    for found, run in results.items():
+        folder = tmp_path / "runs" / f"{run['recipe']}-{found}"
+        folder.mkdir(parents=True)
+        assert name not in report(tmp_path, runs=tmp_path / "runs")[1]
+        target = np.repeat(np.arange(100), 3)
+        embedding = (np.eye(100)[target] + 0.1 * noise.normal(size=(300, 100))).astype(np.float16)
+        np.savez(folder / "features.npz", test_embedding=embedding)
+        np.savez(folder / "predictions.npz", logits=embedding, target=target)
+    drawn = report(tmp_path, runs=tmp_path / "runs")[1]
+    picture = (tmp_path / "out" / name).read_bytes()
+    assert f"]({name})" in drawn and picture.startswith(b"\x89PNG")
+    assert report(tmp_path)[1] == drawn and (tmp_path / "out" / name).read_bytes() == picture
+
+
+def test_measures_are_read_as_text_or_as_values():
+    measures = stored.elm([30, 20, 10], 1.0, np.random.default_rng(0))
+    for content in (measures.to_json(), json.loads(measures.to_json())):
+        found = runs.StoredRun("0", {"elm": content}).measures
+        assert found.group_means() == measures.group_means()
