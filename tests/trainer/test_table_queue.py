@@ -5,7 +5,6 @@ import json
 import os
 import re
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -184,7 +183,7 @@ def test_two_queues_at_once_share_the_runs():
     stop: list[int] = []
     for option, lines in zip(options, said, strict=True):
         queue = table_queue.Queue(chosen_runs(option), option, lines.append, lambda run: None)
-        threads.append(threading.Thread(target=queue.work, args=(stop,)))
+        threads.append(threading.Thread(target=queue.work, args=(stop,), daemon=True))
         threads[-1].start()
     wait_for(lambda: len(list(Path("runs").glob("*/ready"))) == 4)
     stop.append(signal.SIGTERM)
@@ -202,16 +201,21 @@ def wait_for(condition, seconds=60):
 
 
 def test_the_lock_outlives_a_killed_queue_as_long_as_its_run():
-    """What a training process inherits: the lock of the queue that started it."""
-    folder = Path("runs")
-    folder.mkdir()
-    lock = try_lock(folder / "lock")
-    process = subprocess.Popen([sys.executable, "-S", "-c", "input()"], stdin=subprocess.PIPE, pass_fds=(lock,))
-    os.close(lock)  # as the end of the queue does
-    assert try_lock(folder / "lock") is None
-    process.kill()
-    process.wait()
-    again = try_lock(folder / "lock")
+    behave(NAMES[0], "slow")
+    option = TableOptions(name="tiny", tier="short", arms=("tiny-ce",), seeds=(0,), accelerator="cpu")
+    queue = table_queue.Queue(chosen_runs(option), option, lambda line: None, lambda run: None)
+    stop: list[int] = []
+    thread = threading.Thread(target=queue.work, args=(stop,), daemon=True)
+    thread.start()
+    folder = Path("runs") / NAMES[0]
+    wait_for((folder / "ready").exists)
+    (job,) = queue._running
+    os.close(job.lock)  # as the end of its process does
+    job.lock = os.open(os.devnull, os.O_RDONLY)
+    assert try_lock(folder / table_queue.LOCK_FILE) is None
+    stop.append(signal.SIGTERM)
+    thread.join()
+    again = try_lock(folder / table_queue.LOCK_FILE)
     assert again is not None
     os.close(again)
 
@@ -225,7 +229,7 @@ def test_a_signal_stops_the_queue(number, status, capsys):
         wait_for(ready.exists)
         os.kill(os.getpid(), number)
 
-    threading.Thread(target=send).start()
+    threading.Thread(target=send, daemon=True).start()
     assert table() == status
     out = capsys.readouterr().out
     assert "signal: 1 runs are told to save a checkpoint" in out and calls() == [("train", NAMES[0])]
@@ -244,7 +248,7 @@ def test_real_runs_are_stopped_resumed_and_stored(monkeypatch, capsys):
         wait_for(lambda: log.is_file() and len(log.read_text().splitlines()) > 2)
         os.kill(os.getpid(), signal.SIGTERM)
 
-    threading.Thread(target=send).start()
+    threading.Thread(target=send, daemon=True).start()
     assert table("--threads", "1") == 143
     assert list((Path("runs") / name).glob("checkpoint-*.pt"))
     assert "go on with: ltkernels train --resume" in (Path("runs") / name / "train.log").read_text()
