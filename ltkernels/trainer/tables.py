@@ -9,6 +9,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from ltkernels.trainer import TrainerError
 from ltkernels.trainer.image_recipes import IMAGE_RECIPES, TIERS, ImageRecipe, Tier
@@ -75,8 +76,21 @@ class Table:
 # Two views of every image and the steps of the other arms: methods of the embedding, and what they are compared with.
 _TWO_VIEWS = tuple(name for name, method in METHODS.items() if method.views > 1)
 _SUPERVISED = ("ce", "ldam-drw", "logit-adjustment", "vs", "balanced-softmax")
-ELM_WEIGHTS = (0.03, 0.1, 0.3, 1.0)
-"""Weights of the embedding loss that are tried on the validation images."""
+
+
+class Search(NamedTuple):
+    """Values of one setting of a method that are tried on the validation images."""
+
+    field: str
+    symbol: str
+    values: tuple[float, ...]
+
+
+ELM_SEARCH = {
+    "two-view-logit-adjustment": Search("tau", "tau", (0.5, 1.0, 1.5, 2.0)),
+    "elm": Search("weight", "lambda", (0.03, 0.1, 0.3, 1.0)),
+}
+"""As many settings of the baseline as of ELM: what is searched more looks better."""
 
 # Images of the largest class and validation images of each class while settings are chosen.
 _TUNING = {"cifar10": (4500, 500), "cifar100": (450, 50), "fashion-mnist": (5400, 600)}
@@ -96,15 +110,20 @@ def _elm(title: str, task: str) -> Table:
 
 
 def _elm_tuning(title: str, task: str) -> Table:
-    def weighted(recipe: ImageRecipe, weight: float) -> ImageRecipe:
-        return _on_validation(dataclasses.replace(recipe, settings=dataclasses.replace(recipe.settings, weight=weight)))
-
-    baseline = "two-view-logit-adjustment"
-    arms = [Arm(METHODS[baseline].title, f"{task}-{baseline}", _on_validation)]
-    for weight in ELM_WEIGHTS:
-        label = f"{METHODS['elm'].title}, lambda {weight:g}"
-        arms.append(Arm(label, f"{task}-elm", functools.partial(weighted, weight=weight)))
+    arms = [
+        Arm(
+            f"{METHODS[name].title}, {search.symbol} {value:g}",
+            f"{task}-{name}",
+            functools.partial(_set, search.field, value),
+        )
+        for name, search in ELM_SEARCH.items()
+        for value in search.values
+    ]
     return Table(title, tuple(arms), seeds=(0,))
+
+
+def _set(field: str, value: float, recipe: ImageRecipe) -> ImageRecipe:
+    return _on_validation(dataclasses.replace(recipe, settings=dataclasses.replace(recipe.settings, **{field: value})))
 
 
 def _on_validation(recipe: ImageRecipe) -> ImageRecipe:
@@ -125,7 +144,7 @@ TABLES: dict[str, Table] = {
     for name, table in {
         f"supervised-{short}": _supervised(title, task),
         f"elm-{short}": _elm(f"ELM on {title}", task),
-        f"elm-tuning-{short}": _elm_tuning(f"ELM on {title}: weight of the embedding loss, on validation images", task),
+        f"elm-tuning-{short}": _elm_tuning(f"ELM on {title}: settings tried on validation images", task),
     }.items()
 }
 

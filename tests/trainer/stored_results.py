@@ -149,13 +149,15 @@ def elm_table(folder, table="elm-cifar100", tier="short", arms=None, seeds=None,
     return runs
 
 
-def elm_tuning(folder, best=0.3, table="elm-tuning-cifar100", tier="short", without=()):
-    """Store a tuning table whose best weight is ``best``."""
+def elm_tuning(folder, best=0.3, table="elm-tuning-cifar100", tier="short", without=(), best_tau=1.5):
+    """Store a tuning table whose best weight is ``best`` and best tau of the baseline ``best_tau``."""
     runs = {}
     for found in planned(table, tier):
-        weight = getattr(found.recipe.settings, "weight", None)
-        if weight not in without:
-            name, values = run(found, 40.0 + (2.0 if weight == best else 0.0), 0.9)
+        settings = found.recipe.settings
+        value = getattr(settings, "weight", settings.tau)
+        wanted = best if hasattr(settings, "weight") else best_tau
+        if value not in without:
+            name, values = run(found, 40.0 + (2.0 if value == wanted else 0.0), 0.9)
             runs[name] = values
     save(folder, table, tier, runs)
     return runs

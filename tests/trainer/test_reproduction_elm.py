@@ -12,6 +12,7 @@ from stored_results import DIFFERENCES, parts, report, rows  # noqa: E402
 
 from ltkernels.trainer.reproduction import elm, elm_claims, runs  # noqa: E402
 from ltkernels.trainer.reproduction.inputs import Inputs  # noqa: E402
+from ltkernels.trainer.tables import ELM_SEARCH  # noqa: E402
 
 
 @pytest.fixture
@@ -91,19 +92,33 @@ def test_no_few_shot_classes(tmp_path, quick):
 
 
 @pytest.mark.parametrize("best", [0.03, 0.3])
-def test_chosen_weight(tmp_path, quick, best):
+def test_chosen_settings(tmp_path, quick, best):
     stored.elm_table(tmp_path / "results", seeds=(0,))
-    stored.elm_tuning(tmp_path / "results", best, without=(1.0,))
+    stored.elm_tuning(tmp_path / "results", best)
     page = report(tmp_path)[1]
-    assert f"Chosen: lambda {best:g}. Not run yet: lambda 1." in page
-    assert f"ELM's lambda is 0.1 here, not the one chosen ({best:g})" in page
+    assert f"Chosen: tau 1.5 for logit adj., two views, lambda {best:g} for ELM (A)." in page
+    assert f"lambda of ELM (A) is 0.1 here, not the one chosen ({best:g}) on validation images" in page
+    assert "tau of logit adj., two views is 1 here, not the one chosen (1.5) on validation images" in page
     assert f"| **ELM (A), lambda {best:g}** |" in page and page.count("| **ELM (A), lambda") == 1
-    assert "held-out validation images" in page and "ELM had the larger search" in page
+    assert "| **logit adj., two views, tau 1.5** |" in page and page.count("| **logit adj., two views, tau") == 1
+    assert "held-out validation images" in page and "not equal" not in page
 
 
-def test_of_equal_weights_the_smaller_one_is_chosen(tmp_path, quick):
-    stored.elm_tuning(tmp_path / "results", best=None)
-    assert "Chosen: lambda 0.03." in report(tmp_path)[1]
+def test_a_search_that_is_not_complete_is_told(tmp_path, quick):
+    stored.elm_tuning(tmp_path / "results", 0.3, without=(1.0, 0.03))  # 1 of both, 0.03 of ELM
+    page = report(tmp_path)[1]
+    assert "Chosen so far: tau 1.5 for logit adj., two views, lambda 0.3 for ELM (A). Not run yet: " in page
+    assert "the search was not equal so far, 3 settings of logit adj., two views and 2 settings of ELM (A)." in page
+
+
+def test_of_equal_values_the_smaller_one_is_chosen(tmp_path, quick):
+    stored.elm_tuning(tmp_path / "results", best=None, best_tau=None)
+    assert "Chosen: tau 0.5 for logit adj., two views, lambda 0.03 for ELM (A)." in report(tmp_path)[1]
+
+
+def test_the_search_is_equal_for_both():
+    assert len({len(search.values) for search in ELM_SEARCH.values()}) == 1
+    assert sum(len(search.values) for search in ELM_SEARCH.values()) <= 8
 
 
 def test_projection_is_drawn_where_the_runs_are_and_kept_elsewhere(tmp_path, monkeypatch):

@@ -12,6 +12,7 @@ import torch
 
 from ltkernels.trainer import TrainerError
 from ltkernels.trainer.image_recipes import TIERS
+from ltkernels.trainer.methods import METHODS
 from ltkernels.trainer.metrics import FEW_BELOW, MANY_ABOVE
 from ltkernels.trainer.papers.elm_measures import GROUPS, Outputs
 from ltkernels.trainer.papers.elm_plots import projection_picture, spread_picture
@@ -31,7 +32,7 @@ from ltkernels.trainer.reproduction.page import (
 )
 from ltkernels.trainer.reproduction.runs import Line, Pair, Section, StoredRun, slugs
 from ltkernels.trainer.runlog import FEATURES_FILE, PREDICTIONS_FILE
-from ltkernels.trainer.tables import ELM_WEIGHTS, TABLES
+from ltkernels.trainer.tables import ELM_SEARCH, TABLES
 
 NAME = "elm"
 TUNING_PREFIX = "elm-tuning-"
@@ -71,8 +72,8 @@ def page(inputs: Inputs) -> Page:
     pictures: dict[str, bytes] = {}
     for section, slug in zip(sections, slugs(sections), strict=True):
         lines += _section(section, slug, inputs, pictures, tuned)
-    lines += ["## Weight of the embedding loss", ""]
-    lines += _how_tuned() if tuned else ["No weight was tried on validation images yet.", ""]
+    lines += ["## Settings tried on validation images", ""]
+    lines += _how_tuned() if tuned else ["No settings were tried on validation images yet.", ""]
     for section in tuned:
         lines += _tuning(section)
     return Page("\n".join(lines), pictures)
@@ -94,12 +95,11 @@ def _left_out(sections: Sequence[Section], tuned: Sequence[Section]) -> Iterator
         missing = arms_without_runs(section)
         if missing:
             yield f"{section.title}, not run yet: {'; '.join(missing)}."
-    if tuned:
-        yield (
-            "Tuning was not equal: the weight of ELM was chosen among "
-            f"{max(sum(weight_of(line) is not None for line in section.lines) for section in tuned)} values, while "
-            "logit margins only kept the default tau, so ELM had the larger search."
-        )
+    for section in tuned:
+        tried = {method: len(_tried(section, method)) for method in ELM_SEARCH}
+        if len(set(tried.values())) > 1:
+            numbers_of = " and ".join(f"{count} settings of {METHODS[method].title}" for method, count in tried.items())
+            yield f"{section.title}: the search was not equal so far, {numbers_of}."
     if sections and not any(section.tier.startswith("full") for section in sections):
         yield (
             f"No run is of the full tier ({TIERS['full']:,} steps): the claims are about {TIERS['short']:,} steps with "
@@ -179,20 +179,22 @@ def _decision_row(decision: Decision) -> list[str]:
 
 
 def _weight_used(section: Section, tuned: Sequence[Section]) -> list[str]:
-    weights = sorted({weight for line in section.lines if (weight := weight_of(line)) is not None})
-    if not weights:
-        return []
-    sentence = f"ELM's lambda is {' and '.join(f'{weight:g}' for weight in weights)} here"
     same_data = [found for found in tuned if found.recipe["dataset"] == section.recipe["dataset"]]
-    choices = {chosen for found in same_data if (chosen := chosen_weight(found)) is not None}
-    if not choices:
-        return [f"{sentence}, the default: no weight was chosen on validation images of this data set.", ""]
-    what = (
-        "chosen"
-        if choices == set(weights)
-        else f"not the one chosen ({', '.join(f'{value:g}' for value in sorted(choices))})"
-    )
-    return [f"{sentence}, {what} on validation images (below).", ""]
+    sentences = []
+    for method, search in ELM_SEARCH.items():
+        used = sorted(_tried(section, method))
+        if not used:
+            continue
+        sentence = f"{search.symbol} of {METHODS[method].title} is {' and '.join(f'{value:g}' for value in used)} here"
+        choices = {value for found in same_data if (value := chosen(found, method)) is not None}
+        if not choices:
+            sentences.append(f"{sentence}, the default: none was chosen on validation images of this data set.")
+        elif choices == set(used):
+            sentences.append(f"{sentence}, chosen on validation images (below).")
+        else:
+            others = ", ".join(f"{value:g}" for value in sorted(choices))
+            sentences.append(f"{sentence}, not the one chosen ({others}) on validation images (below).")
+    return [" ".join(sentences), ""] if sentences else []
 
 
 def _accuracies(section: Section) -> str:
@@ -229,32 +231,31 @@ def _measures(section: Section) -> list[str]:
 
 def _how_tuned() -> list[str]:
     return [
-        "A balanced validation set, taken from the training images before the long-tailed set was drawn, chooses the "
-        "weight by balanced accuracy after the last epoch; of equal weights the smaller one. The test set has no part "
-        "in it.",
+        "A balanced validation set, taken from the training images before the long-tailed set was drawn, chooses "
+        "lambda of ELM and tau of the baseline by balanced accuracy after the last epoch; of equal values the smaller "
+        "one. The test set has no part in it.",
         "",
     ]
 
 
 def _tuning(section: Section) -> list[str]:
-    chosen = chosen_weight(section)
+    choices = {method: chosen(section, method) for method in ELM_SEARCH}
     rows = []
     for line in section.lines:
-        weight = weight_of(line)
         texts = [
             line.title,
             cell(line.values("overall")),
             *(cell(line.values(group), 1) for group in ("many", "medium", "few")),
             numbers(line.seeds),
         ]
-        is_chosen = weight is not None and weight == chosen
+        is_chosen = line.method in ELM_SEARCH and searched(line) == choices[line.method]
         rows.append([f"**{text}**" if is_chosen and text != EMPTY else text for text in texts])
     headings = ["method", "validation accuracy", "many", "medium", "few", "seeds"]
     return [
         f"### {section.title}",
         "",
         markdown_table(headings, rows),
-        *_choice(section, chosen),
+        *_choice(section, choices),
         *protocol(section),
         "",
         hardware_table(section),
@@ -262,27 +263,31 @@ def _tuning(section: Section) -> list[str]:
     ]
 
 
-def _choice(section: Section, chosen: float | None) -> list[str]:
-    if chosen is None:
-        return ["No weight is chosen: ELM has no run here.", ""]
-    tried = {weight_of(line) for line in section.lines} - {None}
-    missing = [f"{weight:g}" for weight in ELM_WEIGHTS if weight not in tried]
-    still = f" Not run yet: lambda {', '.join(missing)}." if missing else ""
-    seeds = {len(line.seeds) for line in section.lines if weight_of(line) is not None}
-    once = " Each weight has one seed, so neighbours may differ by chance." if seeds == {1} else ""
-    return [f"Chosen: lambda {chosen:g}.{still}{once}", ""]
-
-
-def weight_of(line: Line) -> float | None:
-    """Weight of the embedding loss; None for a method without one."""
-    return line.runs[0].recipe["settings"]["weight"] if line.method == "elm" else None
-
-
-def chosen_weight(section: Section) -> float | None:
-    """The weight with the best mean validation accuracy, the smaller one of equal ones; None without runs of ELM."""
+def _choice(section: Section, choices: dict[str, float | None]) -> list[str]:
     found = [
-        (-mean(line.values("overall")), weight) for line in section.lines if (weight := weight_of(line)) is not None
+        f"{ELM_SEARCH[method].symbol} {value:g} for {METHODS[method].title}"
+        for method, value in choices.items()
+        if value is not None
     ]
+    missing = arms_without_runs(section)
+    still = f" Not run yet: {'; '.join(missing)}." if missing else ""
+    once = {len(line.seeds) for line in section.lines} == {1}
+    chance = " Each value has one seed, so neighbours may differ by chance." if once else ""
+    return [f"Chosen{' so far' if missing else ''}: {', '.join(found) or 'nothing'}.{still}{chance}", ""]
+
+
+def searched(line: Line) -> float:
+    """The value of the setting that is searched for the method of a line."""
+    return line.runs[0].recipe["settings"][ELM_SEARCH[line.method].field]
+
+
+def _tried(section: Section, method: str) -> set[float]:
+    return {searched(line) for line in section.lines if line.method == method}
+
+
+def chosen(section: Section, method: str) -> float | None:
+    """The value with the best mean validation accuracy, the smaller one of equal ones; None without runs."""
+    found = [(-mean(line.values("overall")), searched(line)) for line in section.lines if line.method == method]
     return min(found)[1] if found else None
 
 
