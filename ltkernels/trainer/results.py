@@ -290,6 +290,6 @@ def store(file: Path, new: Results) -> Results:
     with folder_locked(file.parent):
         old = load(file) if file.exists() else None
         merged = new if old is None else merge(old, new)
-        if merged != old:
+        if merged != old and merged["runs"]:  # a file without runs is of no use
             save(file, merged)
     return merged
