@@ -15,7 +15,10 @@ _USAGE = """usage: ltkernels <command> [options]
                   --from RUN/recipe.json repeats the recipe of a run, --resume RUN goes on with a run
   tune RECIPE     repeat the search behind a recipe's settings, on validation splits
   posthoc RUN     cRT, tau-normalisation, weight scaling, logit adjustment on the weights of a run
+  table NAME      train the runs of a table that are not done yet, several side by side, and store their results
+  report          write the pages of docs/reproduction, reported numbers beside ours, from the stored results
   data            list the data sets that are there, draw their long-tailed versions
+  pack TABLE ...  the images of tables in one file a data set, for a machine without network
 """
 
 
@@ -44,7 +47,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _trainer_modules() -> tuple[str, ...]:
-    return ("lightning_fabric", "torchmetrics", "tyro", "rich", "matplotlib", "sklearn", "scipy")
+    return ("lightning_fabric", "torchmetrics", "tyro", "rich", "matplotlib", "sklearn", "scipy", "PIL")
 
 
 def doctor() -> int:

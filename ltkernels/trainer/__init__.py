@@ -4,7 +4,9 @@
 is trained, ``engine`` trains, ``report`` makes tables and pictures. Image classification (CIFAR, Fashion-MNIST):
 ``image_recipes`` are the typed recipes, ``image_session`` the command, ``methods`` the registry of losses and samplers,
 ``fit`` the loop, ``step`` one optimiser step, ``checkpoint`` and ``runlog`` what a run leaves behind, ``posthoc`` the
-classifiers made of a finished run. ``data``, ``models`` and ``papers`` are what they are called; ``metrics`` scores.
+classifiers made of a finished run. Many runs: ``tables`` lists those of each table, ``table_queue`` trains them,
+``results`` stores what they found, ``reproduction`` makes pages of it, ``packcommand`` takes the images elsewhere.
+``data``, ``models`` and ``papers`` are what they are called; ``metrics`` scores.
 """
 
 
