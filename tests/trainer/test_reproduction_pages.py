@@ -154,6 +154,18 @@ def test_fields_of_the_machine_do_not_divide_a_line(tmp_path, quick):
     assert rows(report(tmp_path)[0])[0]["runs"] == "2"
 
 
+def test_the_subsets_are_averaged_in_a_table_of_their_own(tmp_path, quick):
+    table = "supervised-cifar100-subsets"
+    entries = [stored.run(found, 30.0 + 2 * index, 0.9) for index, found in enumerate(stored.planned(table, "short"))]
+    stored.save(tmp_path / "results", table, "short", dict(entries))
+    page, _ = report(tmp_path)
+    (line,) = rows(page)
+    assert "## CIFAR-100-LT, imbalance factor 100, one method on three subsets, short tier" in page
+    overall = [values["last"]["overall"] for _, values in entries]
+    expected = f"{np.mean(overall):.2f} ±{np.std(overall, ddof=1):.2f}"
+    assert (line["ours, last epoch"], line["runs"], line["subset seeds"]) == (expected, "3", "0, 1, 2")
+
+
 def test_what_has_no_run_is_named(tmp_path, quick):
     stored.supervised(tmp_path / "results", arms=("ce", "vs"), seeds=(0,))
     page, _ = report(tmp_path)
@@ -163,9 +175,10 @@ def test_what_has_no_run_is_named(tmp_path, quick):
     first_box = page.split("\n\n")[1]
     assert first_box.startswith("> **Not reproduced here**")
     assert (
-        "CIFAR-100-LT, imbalance factor 100 (full tier); CIFAR-10-LT, imbalance factor 100 (full and short tier)"
+        "Not run yet: CIFAR-100-LT, imbalance factor 100 (full tier); CIFAR-100-LT, imbalance factor 100, one method"
         in first_box
     )
+    assert "; CIFAR-10-LT, imbalance factor 100 (full and short tier); " in first_box
     assert all(label in first_box for label in missing)
     assert "No run is of the full tier" in first_box and "other images than the published ones" in first_box
     assert "CIFAR-100-LT, step profile, imbalance factor 100" in first_box

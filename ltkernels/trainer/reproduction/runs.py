@@ -19,6 +19,7 @@ from ltkernels.trainer.image_recipes import Tier
 from ltkernels.trainer.metrics import PairedDifference, paired_difference
 from ltkernels.trainer.papers.elm_measures import ElmMeasures
 from ltkernels.trainer.reproduction.published import Setting
+from ltkernels.trainer.tables import TABLES
 
 # They change the speed of a run, not its result; a line may hold runs that differ in them.
 _OF_THE_MACHINE = ("channels_last", "compile", "cuda_graph", "checkpoint_every")
@@ -193,7 +194,8 @@ class Section:
     @property
     def title(self) -> str:
         tier = re.sub(r"^(full|short)\b", r"\1 tier", self.tier)
-        return f"{self.data_title}, {tier} ({self.recipe['model']}, {self.recipe['precision']})"
+        topic = f", {about}" if (about := TABLES[self.table].topic) else ""
+        return f"{self.data_title}{topic}, {tier} ({self.recipe['model']}, {self.recipe['precision']})"
 
     @property
     def slug(self) -> str:
