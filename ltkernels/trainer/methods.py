@@ -352,6 +352,8 @@ METHODS: dict[str, Method] = {
     "vs": Method("VS", VectorScaling(gamma=0.05, tau=1.0), {"cifar10": VectorScaling(gamma=0.2, tau=1.2)}),
     "cosface": Method("CosFace", CosFace()),
     "ce-mixup": Method("CE + mixup", CrossEntropy(), mixing=Mixing(kind="mixup", alpha=1.0)),
+    "ce-cutmix": Method("CE + cutmix", CrossEntropy(), mixing=Mixing(kind="cutmix", alpha=1.0)),
+    "logit-adjustment-mixup": Method("logit adj. + mixup", LogitAdjustment(), mixing=Mixing(kind="mixup", alpha=1.0)),
     # ELM, and what it is compared with at the same number of views and steps.
     "two-view-ce": Method("CE, two views", CrossEntropy(), views=2),
     "two-view-logit-adjustment": Method("logit adj., two views", LogitAdjustment(), views=2),

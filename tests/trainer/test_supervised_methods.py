@@ -49,6 +49,8 @@ PAPERS = {
     "vs": lambda f, y: F.cross_entropy(f * (SHRINK**0.05).float() + PRIOR, y),
     "cosface": lambda f, y: F.cross_entropy(30 * one_hot_minus(f, y, 0.35), y),
     "ce-mixup": F.cross_entropy,
+    "ce-cutmix": F.cross_entropy,
+    "logit-adjustment-mixup": lambda f, y: F.cross_entropy(f + PRIOR, y),
     "two-view-ce": F.cross_entropy,
     "two-view-logit-adjustment": lambda f, y: F.cross_entropy(f + PRIOR, y),
     "elm": lambda f, y: F.cross_entropy(f + PRIOR, y),  # of the logits
@@ -118,10 +120,9 @@ def test_the_objective_weighs_two_losses(batch):
     torch.testing.assert_close(mixed, 0.3 * first + 0.7 * second)
 
 
-def test_only_the_mixing_method_mixes():
-    assert {name: method.mixing.kind for name, method in METHODS.items() if method.mixing.kind != "none"} == {
-        "ce-mixup": "mixup"
-    }
+def test_only_the_mixing_methods_mix():
+    mixing = {name: method.mixing.kind for name, method in METHODS.items() if method.mixing.kind != "none"}
+    assert mixing == {"ce-mixup": "mixup", "ce-cutmix": "cutmix", "logit-adjustment-mixup": "mixup"}
 
 
 @pytest.mark.parametrize(
