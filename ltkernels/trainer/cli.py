@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -54,8 +55,23 @@ tables: {", ".join(TABLES)}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit status: 0, 2 for a mistake, 130 after an interrupt, 143 after SIGTERM."""
+    """Run one command.
+
+    Returns:
+        The exit status: 0, 2 for a mistake, 130 after an interrupt, 141 where the reader of a pipe has left, 143 after
+        SIGTERM.
+    """
     arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        status = _status(arguments)
+        sys.stdout.flush()  # now: a failure at exit could not be told any more
+        return status
+    except BrokenPipeError:  # "| head" has read enough; the flush at exit must not fail as well
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+
+
+def _status(arguments: list[str]) -> int:
     try:
         return _run(arguments)
     except TrainerError as error:

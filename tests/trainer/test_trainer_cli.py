@@ -4,6 +4,8 @@ import csv
 import dataclasses
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -286,3 +288,12 @@ def test_a_new_folder_in_a_place_that_cannot_be_made_is_an_error(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(TrainerError, match="cannot make the run folder"):
         RunFolder.create(tmp_path / "file" / "run", "digits")
+
+
+def test_a_reader_that_leaves_is_no_crash():
+    """As in ``ltkernels train ... --help | head -1``."""
+    command = [sys.executable, "-m", "ltkernels.cli", "train", "cifar100-lt-ce", "--help"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        process.stdout.close()
+        assert process.stderr.read() == ""
+        assert process.wait() == 141
