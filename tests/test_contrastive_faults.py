@@ -106,7 +106,7 @@ FAULTS_OF_THE_OPERATORS: dict[str, tuple[str, str]] = {
     "mirror image with the first temperatures": ("{inverse_tau_.data() + j * block_, ", "{inverse_tau_.data(), "),
     "positives out of sight": ("const bool seen = t.allowed == nullptr || ", "const bool seen = true || "),
     "positives stay in the denominator": ("if (without_positive_index_) product = -kInfinite;", ""),
-    "labels: positives stay in it": ("kOwn || denominator == kNegatives || denominator", "kOwn || denominator"),
+    "labels: positives stay in it": ("s_ = denominator == kOwn || denominator == kNegatives;", "s_ = false;"),
     "no gradient of positives by index": ("x[p.row * stride_ + p.key] += positive(p.of, num", "positive(p.of, num"),
     "both: no gradient of positives by index": ("transposed[p.row * stride_ + p.key] += positive(", "positive("),
     "forget the sample weight in backward": ("* weight(i) * factor : 0;", "* factor : 0;"),

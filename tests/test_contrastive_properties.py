@@ -319,3 +319,38 @@ def test_infinite_query_is_not_hidden() -> None:
     key = torch.rand(5, 2, generator=torch.Generator().manual_seed(0)) + 0.1
     loss = LF.contrastive_loss(query, key, temperature=1.0, positive_index=torch.tensor([0, 1]), reduction="none")
     assert loss.isnan().tolist() == [True, False]
+
+
+INFINITE = {
+    "a row of a self-contrast": ([[-torch.inf, 1], [0.5, 1], [0.2, 0.7], [0.3, 0.3]], None, [0, 1]),
+    "an overflow of finite numbers": ([[-3e38, 1], [5, 1], [0.2, 0.7], [0.3, 0.3]], None, [0, 1]),
+    "a query": ([[-torch.inf, 1], [0.5, 1], [0.2, 0.7], [0.3, 0.3]], [[0.5, 1], [1, 1], [1, 2], [2, 1]], [0]),
+    "a positive key": ([[0.1, 1], [0.5, 1], [0.2, 0.7], [0.3, 0.3]], [[-torch.inf, 1], [1, 2], [1, 1]], [0, 1]),
+}
+
+
+@pytest.mark.parametrize("denominator", ["all", "own", "negatives"])
+@pytest.mark.parametrize("name", INFINITE)
+def test_infinite_positive_is_not_hidden(name: str, denominator: str) -> None:
+    """Left out, it would leave a row without positives and a loss of 0: a diverged training would look well."""
+    query, key, rows = INFINITE[name]
+    arguments = {"query": torch.tensor(query), "labels": torch.tensor([0, 0, 1, 1]), "temperature": 1.0}
+    if key is not None:
+        arguments |= {"key": torch.tensor(key), "key_labels": torch.tensor([0, 1, 1, 0][: len(key)])}
+    loss = LF.contrastive_loss(**arguments, denominator=denominator, reduction="none")
+    expected = definition(arguments | {"denominator": denominator, "reduction": "none"})["loss"]
+    assert all(not expected[i].isfinite() and not loss[i].isfinite() for i in rows)
+    # Without positives in the denominator an infinite negative may be all there is: NaN there too.
+    shown = loss.isfinite() if denominator != "all" else expected.isfinite()
+    torch.testing.assert_close(loss[shown], expected[shown])
+    assert not LF.contrastive_loss(**arguments, denominator=denominator).isfinite()
+
+
+def test_infinite_negative_is_an_infinite_distance() -> None:
+    """A key that is infinitely far from a row takes no part in its sum, as in the definition."""
+    query = torch.tensor([[0.1, 1.0], [0.5, 1.0]])
+    key = torch.tensor([[1.0, 2.0], [2.0, 1.0], [-torch.inf, 1.0]])
+    arguments = {"temperature": 0.5, "labels": torch.tensor([0, 1]), "key_labels": torch.tensor([0, 1, 2])}
+    loss = LF.contrastive_loss(query, key, **arguments, reduction="none")
+    arguments["key_labels"] = arguments["key_labels"][:2]
+    torch.testing.assert_close(loss, LF.contrastive_loss(query, key[:2], **arguments, reduction="none"))

@@ -67,9 +67,11 @@ class ContrastiveTiles {
     stride_ = block_;
     inverse_tau_.assign(blocks(rows_) * block_, 1);  // padded: sweeps of both roles read whole vectors
     for (int64_t i = 0; i < rows_; ++i) inverse_tau_[i] = 1 / tau_[i];
+    without_positives_ = denominator == kOwn || denominator == kNegatives;
     set_labels(labels, key_labels, denominator);
-    set_positive_index(positive_index, denominator);
+    set_positive_index(positive_index);
     set_additive(key_bias, pair_margin);
+    may_be_infinite_ = (positive_labels_ || without_positives_) && may_be_infinite();
     if (allowed.has_value()) {
       allowed_ = *allowed;
       allowed_row_stride_ = allowed_.dim() == 2 ? allowed_.stride(0) : 0;
@@ -224,6 +226,7 @@ class ContrastiveTiles {
   std::vector<A> key_bias_, pair_margin_;
   int64_t num_labels_ = 0, block_ = 0, stride_ = 0;
   bool positive_labels_ = false, without_positive_index_ = false;
+  bool without_positives_ = false, may_be_infinite_ = false;
   LabelRule rule_ = LabelRule::kNone;
   std::vector<Scratch> scratch_;
 
@@ -248,12 +251,24 @@ class ContrastiveTiles {
     label_ = labels_of("labels", *y, rows_);
     key_label_ = self_ ? label_ : labels_of("key_labels", ky.value(), keys_);
     positive_labels_ = denominator == kAll || denominator == kOwn || denominator == kNegatives;
-    const bool without = denominator == kOwn || denominator == kNegatives || denominator == kLogsumexpOtherLabel;
-    if (without) rule_ = LabelRule::kWithoutSame;
+    if (without_positives_ || denominator == kLogsumexpOtherLabel) rule_ = LabelRule::kWithoutSame;
     if (denominator == kLogsumexpSameLabel) rule_ = LabelRule::kSameOnly;
   }
 
-  void set_positive_index(const std::optional<at::Tensor>& index, int64_t denominator) {
+  bool may_be_infinite() const {
+    const double bound = static_cast<double>(largest(query_)) * largest(key_) * width_;
+    return !(bound < static_cast<double>(std::numeric_limits<A>::max()));
+  }
+
+  // The largest absolute value; NaN is passed over.
+  static A largest(const at::Tensor& matrix) {
+    const A *x = matrix.template const_data_ptr<A>(), *end = x + matrix.numel();
+    A top = 0;
+    for (; x != end; ++x) top = std::abs(*x) > top ? std::abs(*x) : top;
+    return top;
+  }
+
+  void set_positive_index(const std::optional<at::Tensor>& index) {
     if (!index.has_value()) return;
     const at::Tensor wide = index->to(at::kLong).contiguous();
     const int64_t* p = wide.const_data_ptr<int64_t>();
@@ -265,7 +280,7 @@ class ContrastiveTiles {
       TORCH_CHECK_VALUE(
           !self_ || p[i] != i, "positive_index: expected another row than the row itself, got ", i, " at index ", i);
     }
-    without_positive_index_ = denominator == kOwn || denominator == kNegatives;
+    without_positive_index_ = without_positives_;
   }
 
   void set_additive(const std::optional<at::Tensor>& key_bias, const std::optional<at::Tensor>& pair_margin) {
@@ -297,7 +312,6 @@ class ContrastiveTiles {
     for (int64_t round = 0; round < rounds; ++round) {
       // Half way round, tiles meet their mirror images.
       const int64_t tiles = self_ && round > 0 && 2 * round == rows ? rows / 2 : rows;
-      if (self_ && round > 0 && 2 * round > rows) break;
       at::parallel_for(0, tiles, 1, [&](int64_t begin, int64_t end) {
         const at::AutoDispatchBelowADInplaceOrView guard;  // this thread may not have the caller's
         Scratch& scratch = scratch_[at::get_thread_num()];
@@ -333,8 +347,20 @@ class ContrastiveTiles {
   void multiply(int64_t i, int64_t j, A* x) const {
     at::Tensor products = tile_of(x, i, j);
     at::mm_out(products, rows_of(query_row(0), i, rows_), rows_of(key_row(0), j, keys_).t());
-    const int64_t m = size(i, rows_), n = size(j, keys_);
-    pad(x, m, n);
+    if (may_be_infinite_) show_infinite(i, j, x);
+    pad(x, size(i, rows_), size(j, keys_));
+  }
+
+  // To the sweeps -inf is a key that the row does not see. A positive that is infinitely far away would be left out of
+  // the loss, and so would be the last negative where positives are not among them: all would look well. They get NaN.
+  void show_infinite(int64_t i, int64_t j, A* x) const {
+    for (int64_t r = 0; r < size(i, rows_); ++r) {
+      const int32_t label = without_positives_ ? -1 : label_[i * block_ + r];
+      for (int64_t k = 0; k < size(j, keys_); ++k) {
+        const bool shown = without_positives_ || (label >= 0 && key_label_[j * block_ + k] == label);
+        if (shown && x[r * stride_ + k] == -kInfinite) x[r * stride_ + k] = std::numeric_limits<A>::quiet_NaN();
+      }
+    }
   }
 
   void pad(A* x, int64_t rows, int64_t keys) const {
