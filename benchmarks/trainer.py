@@ -30,7 +30,7 @@ from ltkernels.trainer.data.datasets import ImageDataset, LongTail, load_dataset
 from ltkernels.trainer.data.images import MissingDataError
 from ltkernels.trainer.fit import Fit, StoppedError, make_network
 from ltkernels.trainer.image_recipes import IMAGE_RECIPES, ImageRecipe, Precision
-from ltkernels.trainer.image_session import _emulates_bfloat16, open_fabric
+from ltkernels.trainer.image_session import emulates_bfloat16, open_fabric
 
 METHOD = "ldam-drw"
 CLASSES, SIDE = 100, 32
@@ -57,7 +57,7 @@ class Row:
     def reason_to_leave_out(self, device: str) -> str | None:
         if self.captured and device != "cuda":
             return "a captured step needs a GPU"
-        if self.dtype == "bfloat16" and _emulates_bfloat16(device):
+        if self.dtype == "bfloat16" and emulates_bfloat16(device):
             return "this processor emulates bfloat16"
         return None
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import os
 import statistics
 import sys
 import time
@@ -24,6 +23,7 @@ import torch
 from scipy import stats
 
 from benchmarks.trainer import METHOD, ROWS, Size, Task, make_loop, make_task
+from ltkernels.trainer.checkpoint import write_atomically
 from ltkernels.trainer.runfolder import environment
 
 COMPARED = ("plain", "ours")
@@ -115,9 +115,8 @@ def _runs_so_far(out: Path, head: dict[str, Any]) -> list[dict[str, Any]]:
 
 def _write(out: Path, content: dict[str, Any]) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
-    part = out.with_name(f".{out.name}.part")
-    part.write_text(json.dumps(content, indent=1) + "\n")
-    os.replace(part, out)
+    text = json.dumps(content, indent=1) + "\n"
+    write_atomically(out, lambda file: file.write(text.encode()))
 
 
 def _machine(device: str) -> dict[str, Any]:

@@ -160,7 +160,7 @@ def test_blocks_are_steps_of_one_training(loops, task):
 
 
 def test_rows_that_the_machine_cannot_run_are_left_out(monkeypatch):
-    monkeypatch.setattr(trainer, "_emulates_bfloat16", lambda device: device == "cpu")
+    monkeypatch.setattr(trainer, "emulates_bfloat16", lambda device: device == "cpu")
     left_out = {name: row.reason_to_leave_out("cpu") for name, row in ROWS.items()}
     assert left_out["plain"] is left_out["ours"] is None
     assert "emulates" in left_out["ours-bf16"] and "GPU" in left_out["ours-captured"]

@@ -32,9 +32,8 @@ from ltkernels.trainer.data.sampling import epoch_order
 from ltkernels.trainer.ema import ExponentialMovingAverage
 from ltkernels.trainer.engine import DivergedError
 from ltkernels.trainer.image_recipes import ImageRecipe
-from ltkernels.trainer.metrics import Scores, probabilities_of, score
+from ltkernels.trainer.metrics import Outputs, Scores, probabilities_of, score
 from ltkernels.trainer.models import build_model
-from ltkernels.trainer.papers.elm_measures import Outputs
 from ltkernels.trainer.step import (
     Batch,
     EagerStep,
@@ -133,7 +132,7 @@ class Fit:
             raise TrainerError(f"devices: the last batch of an epoch has {last} images, too few for {world} processes")
 
     def _check_objective(self) -> None:
-        if self.objective.contrasts_the_batch and self.fabric.world_size > 1:
+        if self.recipe.settings.contrasts_the_batch and self.fabric.world_size > 1:
             raise TrainerError(
                 f"devices: {self.recipe.title} contrasts the images of a whole batch, of which each of "
                 f"{self.fabric.world_size} processes would see a part; train it on one"

@@ -20,7 +20,7 @@ from ltkernels.trainer.data.augment import Augmentation
 from ltkernels.trainer.data.datasets import DATASETS, LongTail
 from ltkernels.trainer.data.mixing import Mixing
 from ltkernels.trainer.data.sampling import Sampling
-from ltkernels.trainer.methods import METHODS, EmbeddingAndLogitMargins, MethodSettings
+from ltkernels.trainer.methods import METHODS, MethodSettings
 from ltkernels.trainer.models import MODELS
 
 Tier: TypeAlias = Literal["full", "short"]
@@ -110,8 +110,8 @@ class ImageRecipe:
         for name in ("momentum", "warmup", "ema_decay"):
             if not 0 <= getattr(self, name) < 1:
                 raise TrainerError(f"{name}: expected a number in [0, 1), got {getattr(self, name):g}")
-        if self.mixing.kind != "none" and isinstance(self.settings, EmbeddingAndLogitMargins):
-            raise TrainerError("mixing: the embedding loss of ELM needs images of one class each")
+        if self.mixing.kind != "none" and self.settings.contrasts_the_batch:
+            raise TrainerError(f"mixing: the embedding loss of {self.title} needs images of one class each")
         if self.nesterov and self.momentum == 0:
             raise TrainerError("nesterov: needs momentum > 0")
         if len(self.drops) != len(self.factors):

@@ -247,7 +247,7 @@ def _print_start(console: Console, config: dict[str, Any], step: int, recipe: Im
         f"sha256 of the images: test {config['test_fingerprint'][:12]}, training {config['train_fingerprint'][:12]}",
         describe(config),
     ]
-    if recipe.precision == "bf16-mixed" and _emulates_bfloat16(config["device"]):
+    if recipe.precision == "bf16-mixed" and emulates_bfloat16(config["device"]):
         lines.append("this processor emulates bfloat16: --precision 32-true is many times faster here")
     if step:
         lines.append(f"going on after step {step} of {recipe.steps}")
@@ -255,7 +255,8 @@ def _print_start(console: Console, config: dict[str, Any], step: int, recipe: Im
         console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
-def _emulates_bfloat16(device: str) -> bool:
+def emulates_bfloat16(device: str) -> bool:
+    """Whether bfloat16 is slower than float32 on ``device``: the processor has no such arithmetic."""
     capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # not in torch 2.11
     x86 = capabilities.get("architecture") == "x86_64"
     return device == "cpu" and x86 and not (capabilities["avx512_bf16"] or capabilities["amx_bf16"])

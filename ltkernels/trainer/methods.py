@@ -46,9 +46,6 @@ class Objective(nn.Module):
     Shape: images (N, ...), ``target`` and ``other`` (N,) int64, ``coefficients`` (2,) float32; the loss is 0-d.
     """
 
-    contrasts_the_batch: ClassVar[bool] = False
-    """Whether the loss of an image depends on the others: then a batch can be neither divided nor mixed."""
-
     def __init__(self, network: nn.Module, loss: nn.Module) -> None:
         super().__init__()
         self.network = network
@@ -83,8 +80,6 @@ class EmbeddingObjective(Objective):
         network: Gives embeddings (N, D) and from them logits (N, C).
         loss: Of logits, embeddings and class indices.
     """
-
-    contrasts_the_batch = True
 
     def __init__(self, network: ImageNetwork, loss: ELMLoss) -> None:
         super().__init__(network, loss)
@@ -135,6 +130,8 @@ class MethodSettings:
     """A loss with its settings, and the classifier it needs."""
 
     classifier: ClassVar[Classifier] = "linear"
+    contrasts_the_batch: ClassVar[bool] = False
+    """Whether the loss of an image depends on the others: then a batch can be neither divided nor mixed."""
 
     def criterion(self, class_counts: Sequence[int], epochs: float) -> MarginCrossEntropyLoss:
         """The loss for these training images of each class and this number of epochs, which need not be whole."""
@@ -299,6 +296,8 @@ class EmbeddingAndLogitMargins(MethodSettings):
     """Strength of the prior in the embedding loss; has to be 0 for forms B and D, which have none."""
     g: float = 0.0
     """Anchors of class y count (n_max / n_y)^g in the embedding loss."""
+
+    contrasts_the_batch: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         for name in ("weight", "tau", "tau_e", "g"):

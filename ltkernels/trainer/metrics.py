@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -27,6 +28,14 @@ COLUMNS: tuple[tuple[str, str], ...] = (
     ("harmonic_mean", "harm. mean"),
     ("ece", "ECE"),
 )
+
+
+class Outputs(NamedTuple):
+    """What a network gives for N images, of any floating dtype and on any device."""
+
+    embedding: Tensor  # (N, D) what the classifier sees
+    logits: Tensor  # (N, C)
+    target: Tensor  # (N,) classes, integers
 
 
 @dataclass(frozen=True)

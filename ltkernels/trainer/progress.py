@@ -9,6 +9,22 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 
+def progress_bar(console: Console, unit: str, *columns: TextColumn) -> Progress:
+    """A bar with what is done, in ``unit``, and the time left; nothing where the console is no terminal."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn(unit),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        *columns,
+        console=console,
+        disable=not console.is_terminal,
+    )
+
+
 class RunProgress:
     """Counts epochs of ``runs`` runs. Use as a context manager; ``start`` names a run, ``epoch`` counts one.
 
@@ -24,17 +40,7 @@ class RunProgress:
         self._runs, self._epochs, self._line_every = runs, epochs, line_every
         self._started = time.perf_counter()
         self._finished = 0
-        self._bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("epochs"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            console=console,
-            disable=not console.is_terminal,
-        )
+        self._bar = progress_bar(console, "epochs")
         self._task = self._bar.add_task("", total=runs * epochs)
 
     def __enter__(self) -> RunProgress:

@@ -20,8 +20,8 @@ from ltkernels.trainer.checkpoint import write_atomically
 from ltkernels.trainer.image_recipes import Tier, load_recipe
 from ltkernels.trainer.image_session import METRICS_FILE, RECIPE_FILE
 from ltkernels.trainer.locks import folder_locked
-from ltkernels.trainer.metrics import CALIBRATION_BINS
-from ltkernels.trainer.papers.elm_measures import Outputs, measure
+from ltkernels.trainer.metrics import CALIBRATION_BINS, Outputs
+from ltkernels.trainer.papers.elm_measures import measure
 from ltkernels.trainer.runlog import FEATURES_FILE, PREDICTIONS_FILE
 from ltkernels.trainer.tables import PlannedRun, table_named
 

@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import TextColumn
 from torch import Tensor
 
 from ltkernels.trainer.image_recipes import ImageRecipe
-from ltkernels.trainer.metrics import COLUMNS, probabilities_of
-from ltkernels.trainer.papers.elm_measures import Outputs
+from ltkernels.trainer.metrics import COLUMNS, Outputs, probabilities_of
+from ltkernels.trainer.progress import progress_bar
 from ltkernels.trainer.runfolder import RunFolder
 
 LOG_FILE = "log.csv"
@@ -58,18 +58,7 @@ class RunLog:
         self._rows = list(history)
         self._first_step, self._started = step, time.perf_counter()
         self._writer = _summary_writer(folder, step) if tensorboard and writes else None
-        self._bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("steps"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[scores]}"),
-            console=console,
-            disable=not console.is_terminal,
-        )
+        self._bar = progress_bar(console, "steps", TextColumn("{task.fields[scores]}"))
         scores = scores_line(self._rows[-1]) if self._rows else ""
         self._task = self._bar.add_task(recipe.title, total=recipe.steps, completed=step, scores=scores)
 

@@ -10,8 +10,9 @@ import torch
 pytest.importorskip("torchmetrics", reason="needs the trainer's dependencies: pip install 'ltkernels[trainer]'")
 
 from ltkernels.trainer import TrainerError  # noqa: E402
+from ltkernels.trainer.metrics import Outputs  # noqa: E402
 from ltkernels.trainer.papers import elm_plots  # noqa: E402
-from ltkernels.trainer.papers.elm_measures import ElmMeasures, Outputs, measure  # noqa: E402
+from ltkernels.trainer.papers.elm_measures import ElmMeasures, measure  # noqa: E402
 
 COUNTS = (120, 101, 60, 20, 9, 3, 1)
 CLASSES, WIDTH, PER_CLASS = len(COUNTS), 5, 4

@@ -24,7 +24,8 @@ from ltkernels.trainer.fit import Fit, StoppedError  # noqa: E402
 from ltkernels.trainer.image_recipes import IMAGE_RECIPES  # noqa: E402
 from ltkernels.trainer.image_session import open_fabric  # noqa: E402
 from ltkernels.trainer.methods import METHODS, EmbeddingObjective  # noqa: E402
-from ltkernels.trainer.papers.elm_measures import Outputs, measure  # noqa: E402
+from ltkernels.trainer.metrics import Outputs  # noqa: E402
+from ltkernels.trainer.papers.elm_measures import measure  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 PADDED = dict(augmentation=Augmentation(padding=1))

@@ -16,7 +16,8 @@ from tiny_images import COUNTS, tiny_recipe  # noqa: E402
 from ltkernels.trainer import TrainerError, results, tables  # noqa: E402
 from ltkernels.trainer.cli import main  # noqa: E402
 from ltkernels.trainer.image_recipes import ImageRecipe  # noqa: E402
-from ltkernels.trainer.papers.elm_measures import Outputs, measure  # noqa: E402
+from ltkernels.trainer.metrics import Outputs  # noqa: E402
+from ltkernels.trainer.papers.elm_measures import measure  # noqa: E402
 from ltkernels.trainer.tables import Arm, PlannedRun, Table  # noqa: E402
 
 PLANNED = PlannedRun(Arm("CE", "tiny-ce"), tiny_recipe())

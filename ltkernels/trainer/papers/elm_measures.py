@@ -5,25 +5,16 @@ from __future__ import annotations
 import dataclasses
 import json
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ltkernels.trainer import TrainerError
-from ltkernels.trainer.metrics import shot_group
+from ltkernels.trainer.metrics import Outputs, shot_group
 
 GROUPS = ("all", "many", "medium", "few")
 COINCIDE = 1e-24  # squared distance of two means: the rounding of float64, for embeddings of length 1
-
-
-class Outputs(NamedTuple):
-    """What a network gives for N images, of any floating dtype and on any device."""
-
-    embedding: Tensor  # (N, D) what the classifier sees
-    logits: Tensor  # (N, C)
-    target: Tensor  # (N,) classes, integers
 
 
 @dataclass(frozen=True, eq=False)

@@ -15,8 +15,8 @@ from matplotlib.lines import Line2D
 from sklearn.decomposition import PCA
 
 from ltkernels.trainer import TrainerError
-from ltkernels.trainer.metrics import FEW_BELOW, MANY_ABOVE
-from ltkernels.trainer.papers.elm_measures import ElmMeasures, Outputs
+from ltkernels.trainer.metrics import FEW_BELOW, MANY_ABOVE, Outputs
+from ltkernels.trainer.papers.elm_measures import ElmMeasures
 
 _COLOURS = ("#4d4d4d", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00")  # told apart by colour-blind readers
 _MARKERS = ("o", "s", "^", "D", "v", "P")

@@ -13,8 +13,8 @@ import torch
 from ltkernels.trainer import TrainerError
 from ltkernels.trainer.image_recipes import TIERS
 from ltkernels.trainer.methods import METHODS
-from ltkernels.trainer.metrics import FEW_BELOW, MANY_ABOVE
-from ltkernels.trainer.papers.elm_measures import GROUPS, Outputs
+from ltkernels.trainer.metrics import FEW_BELOW, MANY_ABOVE, Outputs
+from ltkernels.trainer.papers.elm_measures import GROUPS
 from ltkernels.trainer.papers.elm_plots import projection_picture, spread_picture
 from ltkernels.trainer.report import EMPTY, markdown_table
 from ltkernels.trainer.reproduction.elm_claims import LARGEST_RATIO, Decision, decide, group_mean
