@@ -290,7 +290,7 @@ def per_class_picture(results: Results) -> bytes:
         labels.setdefault(count, []).append(str(label))
     axes.set_xticks(list(labels), [f"{count}\n{','.join(names)}" for count, names in labels.items()])
     axes.tick_params(axis="x", which="minor", bottom=False)
-    _mark_groups(axes, results.counts)
+    mark_groups(axes, results.counts)
     axes.set_xlabel("training images of the class (log scale); below: the class")
     axes.set_ylabel("test accuracy of the class, %")
     axes.set_title(f"Accuracy of each class, mean ± standard error over {seeds_phrase(results)}", pad=20)
@@ -319,8 +319,8 @@ def _plot_method(axes: Axes, results: Results, method: str, index: int) -> None:
     )
 
 
-def _mark_groups(axes: Axes, counts: Sequence[int]) -> None:
-    """Name the shot groups above the axes, with a line where one ends."""
+def mark_groups(axes: Axes, counts: Sequence[int]) -> None:
+    """Name the shot groups above axes of training images, with a line where one ends; ``counts`` fall."""
     for group in ("many", "medium", "few"):
         members = [count for count in counts if shot_group(count) == group]
         if members:

@@ -15,8 +15,9 @@ from matplotlib.lines import Line2D
 from sklearn.decomposition import PCA
 
 from ltkernels.trainer import TrainerError
-from ltkernels.trainer.metrics import FEW_BELOW, MANY_ABOVE, Outputs
+from ltkernels.trainer.metrics import Outputs
 from ltkernels.trainer.papers.elm_measures import ElmMeasures
+from ltkernels.trainer.report import mark_groups
 
 _COLOURS = ("#4d4d4d", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00")  # told apart by colour-blind readers
 _MARKERS = ("o", "s", "^", "D", "v", "P")
@@ -92,19 +93,7 @@ def _finish(axes: Axes, counts: np.ndarray, title: str, label: str) -> None:
     axes.set_title(title, pad=20)
     axes.grid(axis="y", color="0.9")
     axes.spines[["top", "right"]].set_visible(False)
-    _mark_groups(axes, counts)
-
-
-def _mark_groups(axes: Axes, counts: np.ndarray) -> None:
-    """Name the shot groups above the axes, with a line where one ends."""
-    many, few = counts > MANY_ABOVE, counts < FEW_BELOW
-    for name, members in (("many", many), ("medium", ~many & ~few), ("few", few)):
-        if members.any():
-            middle = math.sqrt(counts[members].min() * counts[members].max())
-            axes.text(middle, 1.01, name, transform=axes.get_xaxis_transform(), ha="center", va="bottom", color="0.4")
-    for border in (MANY_ABOVE, FEW_BELOW):
-        if counts.min() < border < counts.max():
-            axes.axvline(border, color="0.75", linestyle=":", zorder=0)
+    mark_groups(axes, sorted(counts.tolist(), reverse=True))
 
 
 # Test embeddings in the plane
