@@ -37,6 +37,33 @@ struct AutocastOff {
   c10::impl::ExcludeDispatchKeyGuard guard{c10::autocast_dispatch_keyset};
 };
 
+// On CPUs a product is computed in blocks of its result, one thread a block, which is up to half as fast again as all
+// threads at one product. Their sizes are such that one core runs at its full speed.
+struct Block {
+  int64_t rows, columns;
+};
+constexpr Block kLogitBlock{256, 512}, kInputBlock{128, 256}, kWeightBlock{512, INT64_MAX};
+
+// Calls f(block, first row, first column) for each block of `product`, or once for all of it where there are fewer
+// blocks than threads.
+template <typename F>
+void in_blocks(const Tensor& product, Block size, F f) {
+  const int64_t rows = product.size(0), columns = product.size(1);
+  const int64_t height = std::min(size.rows, rows), width = std::min(size.columns, columns);
+  const auto count = [](int64_t whole, int64_t part) { return part == 0 ? 0 : (whole + part - 1) / part; };
+  const int64_t down = count(rows, height), blocks = down * count(columns, width);
+  if (!product.is_cpu() || blocks < at::get_num_threads()) return f(product, 0, 0);
+  at::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
+    const AutocastOff autocast_off;  // this thread may not have the caller's
+    const at::AutoDispatchBelowADInplaceOrView no_autograd;
+    for (int64_t k = begin; k < end; ++k) {
+      const int64_t row = k % down * height, column = k / down * width;
+      const int64_t block_rows = std::min(height, rows - row), block_columns = std::min(width, columns - column);
+      f(product.narrow(0, row, block_rows).narrow(1, column, block_columns), row, column);
+    }
+  });
+}
+
 // (rows, 1) lengths, infinite for rows without a direction.
 Tensor length_of_rows(const Tensor& x) {
   const at::ScalarType type = x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
@@ -128,23 +155,10 @@ class Chunks {
 
   Tensor logits(const Tensor& x) {
     const Tensor f = buffer_.narrow(0, 0, x.size(0));
-    if (!f.is_cpu()) {
-      multiply(f, x, weight_, bias_);
-      return f;
-    }
-    // One thread a block: at once, the product of few features with many classes takes half as long again.
-    const int64_t row_blocks = blocks(x.size(0), kProductRows), class_blocks = blocks(classes_, kProductClasses);
-    at::parallel_for(0, row_blocks * class_blocks, 1, [&](int64_t begin, int64_t end) {
-      const AutocastOff autocast_off;  // this thread may not have the caller's
-      const at::AutoDispatchBelowADInplaceOrView no_autograd;
-      for (int64_t k = begin; k < end; ++k) {
-        const int64_t row = k % row_blocks * kProductRows, column = k / row_blocks * kProductClasses;
-        const int64_t rows = std::min(kProductRows, x.size(0) - row);
-        const int64_t classes = std::min(kProductClasses, classes_ - column);
-        multiply(
-            f.narrow(0, row, rows).narrow(1, column, classes), x.narrow(0, row, rows),
-            weight_.narrow(0, column, classes), bias_.defined() ? bias_.narrow(0, column, classes) : bias_);
-      }
+    in_blocks(f, kLogitBlock, [&](Tensor out, int64_t row, int64_t column) {
+      const Tensor part = x.narrow(0, row, out.size(0)), weight = weight_.narrow(0, column, out.size(1)).t();
+      if (bias_.defined()) at::addmm_out(out, bias_.narrow(0, column, out.size(1)), part, weight);
+      else at::mm_out(out, part, weight);
     });
     return f;
   }
@@ -178,7 +192,9 @@ class Chunks {
     if (grads_ & kGradInput) {
       const Tensor rows = grad_input_.narrow(0, begin, x.size(0));
       Tensor dx = rows.scalar_type() == type_ ? rows : at::empty(rows.sizes(), x.options());
-      at::mm_out(dx, g, weight_);
+      in_blocks(dx, kInputBlock, [&](Tensor out, int64_t row, int64_t column) {
+        at::mm_out(out, g.narrow(0, row, out.size(0)), weight_.narrow(1, column, out.size(1)));
+      });
       if (cosine_) project(dx, x, Tensor(), input_length_.narrow(0, begin, x.size(0)));
       if (!dx.is_same(rows)) rows.copy_(dx);
     }
@@ -215,23 +231,20 @@ class Chunks {
   int64_t grads_ = 0;
 
   // Memory of a chunk of logits. What is small stays for the next call; large memory that is used again and again is
-  // worth the time that the system takes to find huge pages, unlike gradients.
+  // worth the time that the system takes to find huge pages, unlike gradients. On CPUs rows begin at a cache line:
+  // where they do not, a product writes them at three quarters of its speed.
   Tensor new_buffer() {
-    const int64_t bytes = chunk_ * classes_ * static_cast<int64_t>(c10::elementSize(type_));
-    if (input_.is_cpu() && bytes <= Workspace::kMost && workspace_.acquire(bytes)) {
-      return at::from_blob(workspace_.data(), {chunk_, classes_}, at::TensorOptions(type_));
+    if (!input_.is_cpu()) return new_matrix({chunk_, classes_}, type_);
+    const int64_t element = static_cast<int64_t>(c10::elementSize(type_)), line = 64 / element;
+    const int64_t stride = (classes_ + line - 1) / line * line;
+    Tensor rows;
+    if (chunk_ * stride * element <= Workspace::kMost && workspace_.acquire(chunk_ * stride * element)) {
+      rows = at::from_blob(workspace_.data(), {chunk_, stride}, at::TensorOptions(type_));
+    } else {
+      rows = new_matrix({chunk_, stride}, type_);
+      if (chunk_ < rows_) advise_huge_pages(rows);
     }
-    Tensor buffer = new_matrix({chunk_, classes_}, type_);
-    if (buffer.is_cpu() && chunk_ < rows_) advise_huge_pages(buffer);
-    return buffer;
-  }
-
-  static constexpr int64_t kProductRows = 256, kProductClasses = 512;
-  static int64_t blocks(int64_t size, int64_t block) { return (size + block - 1) / block; }
-
-  static void multiply(Tensor out, const Tensor& x, const Tensor& weight, const Tensor& bias) {
-    if (bias.defined()) at::addmm_out(out, bias, x, weight.t());
-    else at::mm_out(out, x, weight.t());
+    return rows.narrow(1, 0, classes_);
   }
 
   Tensor new_matrix(at::IntArrayRef sizes, at::ScalarType type) const {
@@ -244,8 +257,11 @@ class Chunks {
     const bool first = !grad_weight_.defined();
     if (x.scalar_type() == type) {
       if (first) grad_weight_ = new_matrix(weight_.sizes(), type);
-      if (first) at::mm_out(grad_weight_, g.t(), x);
-      else grad_weight_.addmm_(g.t(), x);
+      in_blocks(grad_weight_, kWeightBlock, [&](Tensor out, int64_t row, int64_t) {
+        const Tensor part = g.narrow(1, row, out.size(0)).t();
+        if (first) at::mm_out(out, part, x);
+        else out.addmm_(part, x);
+      });
     } else {
       const Tensor part = at::mm(g.t(), x, type);  // CUDA
       if (first) grad_weight_ = part;

@@ -58,7 +58,8 @@ struct MarginSoftmaxArgs {
   acc_t* row_loss = nullptr;    // (rows,) r
 
   // The gradient: written by the forward pass if it is not null, with c = u / Z and e = 0, or by the backward pass.
-  void* grad = nullptr;  // (rows, classes), contiguous, in the logits' type
+  void* grad = nullptr;     // (rows, classes), unit stride along classes, in the logits' type
+  int64_t grad_stride = 0;  // elements from row to row
 
   // Backward: upstream gradients, one a row, or one for all.
   const acc_t* grad_loss = nullptr;  // (rows,) or (1,)

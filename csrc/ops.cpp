@@ -22,6 +22,7 @@
 #include <mutex>
 
 #include "autograd_node.h"
+#include "cpu/new_tensors.h"
 #include "margin_options.h"
 #include "precomputed_gradient.h"
 
@@ -154,7 +155,10 @@ struct MarginSoftmaxBackward : public torch::autograd::Node {
 };
 
 Tensor lse_of(const Tensor& stats, bool return_lse) {
-  return return_lse ? stats.select(0, 0) + stats.select(0, 1) : at::empty_symint({0}, stats.options());
+  if (return_lse) return stats.select(0, 0) + stats.select(0, 1);
+  // Without the dispatcher, where that makes no difference: a small batch would feel it.
+  if (stats.is_cpu() && !at::isTensorSubclassLike(stats)) return empty_tensor({0}, stats.scalar_type());
+  return at::empty_symint({0}, stats.options());
 }
 
 // Below autograd, and for tensors that never record a graph.

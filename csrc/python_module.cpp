@@ -10,11 +10,12 @@
 namespace ltkernels {
 namespace {
 
-PyObject* pack(const at::Tensor& first, const at::Tensor& second) {
+// (first, second), or (first, None): a Python object for a tensor that nobody wants costs as much as a small kernel.
+PyObject* pack(const at::Tensor& first, const at::Tensor& second, bool with_second) {
   PyObject* pair = PyTuple_New(2);
   if (pair == nullptr) return nullptr;
   PyTuple_SET_ITEM(pair, 0, THPVariable_Wrap(first));
-  PyTuple_SET_ITEM(pair, 1, THPVariable_Wrap(second));
+  PyTuple_SET_ITEM(pair, 1, with_second ? THPVariable_Wrap(second) : Py_NewRef(Py_None));
   return pair;
 }
 
@@ -41,7 +42,7 @@ PyObject* margin_softmax(PyObject* overload, PyObject* const* values, Py_ssize_t
     const pybind11::gil_scoped_release no_gil;
     return op.call(LTK_MARGIN_ARGUMENTS, return_lse);
   }();
-  return pack(loss, lse);
+  return pack(loss, lse, return_lse);
   END_HANDLE_TH_ERRORS
 }
 
@@ -68,7 +69,8 @@ PyObject* direct(PyObject*, PyObject* overload) {
 
 PyMethodDef kMethods[] = {
     {"direct_margin_softmax", &direct<margin_softmax>, METH_O,
-     "direct_margin_softmax(overload): the operator without the generic call's argument matching."},
+     "direct_margin_softmax(overload): the operator without the generic call's argument matching, and with None for "
+     "an lse that is not asked for."},
     {"direct_log_prior", &direct<log_prior>, METH_O, "direct_log_prior(overload): as direct_margin_softmax."},
     {nullptr, nullptr, 0, nullptr}};
 

@@ -112,7 +112,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> forward(
   args.row_loss = args.row_logsum + args.rows;
   at::Tensor grad = grad_memory;
   if (!grad.defined()) grad = with_grad ? empty_gradient(args.rows, args.classes, type) : empty_tensor({0}, type);
-  if (with_grad) args.grad = grad.mutable_data_ptr();
+  if (with_grad) {
+    args.grad = grad.mutable_data_ptr();
+    args.grad_stride = grad.stride(0);
+  }
 
   const auto& kernels = variant().template kernels<acc_t>();
   at::parallel_for(0, args.rows, rows_per_task(args.classes), [&](int64_t begin, int64_t end) {
@@ -135,7 +138,11 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> margin_softmax_fwd(LTK_MARGIN_PAR
 
 // A row is in the scratch before its gradient is written, so that both may lie in the same memory.
 std::tuple<at::Tensor, at::Tensor> margin_softmax_fwd_(LTK_MARGIN_PARAMETERS) {
-  TORCH_CHECK_VALUE(logits.is_contiguous(), "logits: expected contiguous memory to write the gradient to");
+  const bool rows_apart = logits.size(0) < 2 || logits.stride(0) >= logits.size(1);
+  TORCH_CHECK_VALUE(
+      rows_apart && (logits.stride(1) == 1 || logits.size(1) == 1),
+      "logits: expected rows of unit stride that do not overlap, to write the gradient to, got strides ",
+      logits.strides());
   const auto [loss, stats, grad] = logits.scalar_type() == at::kDouble
                                        ? forward<double>(LTK_MARGIN_ARGUMENTS, /*with_grad=*/true, logits)
                                        : forward<float>(LTK_MARGIN_ARGUMENTS, /*with_grad=*/true, logits);
@@ -208,7 +215,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> backward(
   if (grad_lse.has_value()) args.grad_lse = upstream_lse.const_data_ptr<acc_t>();
 
   at::Tensor grad = grads & kGradLogits ? empty_gradient(args.rows, args.classes, type) : empty_tensor({0}, type);
-  if (grads & kGradLogits) args.grad = grad.mutable_data_ptr();
+  if (grads & kGradLogits) {
+    args.grad = grad.mutable_data_ptr();
+    args.grad_stride = grad.stride(0);
+  }
   at::Tensor class_grad;
   if (grads & kGradClass) class_grad = empty_tensor({3, args.classes}, kAccType<acc_t>);
   const auto& kernels = variant().template kernels<acc_t>();

@@ -17,9 +17,19 @@ namespace ltkernels {
 namespace LTK_CAPABILITY {
 namespace {
 
+// Rows with class indices are swept together as far as they are short: a row's maximum, sum and coefficient take their
+// time one after the other, and the processor has the sweeps of the other rows to go on with.
+template <typename A>
+LTK_INLINE int64_t rows_together(int64_t classes) {
+  constexpr int64_t kElements = 512, kMostRows = 8;
+  const int64_t rows = kElements / padded<A>(classes);
+  return rows < 1 ? 1 : rows > kMostRows ? kMostRows : rows;
+}
+
 template <typename A>
 int64_t scratch_size(int64_t classes) {
-  return 2 * padded<A>(classes);
+  const int64_t rows = rows_together<A>(classes);
+  return (rows < 2 ? 2 : rows) * padded<A>(classes);
 }
 
 template <typename A>
@@ -35,7 +45,7 @@ template <typename A>
 LTK_INLINE Prefetch prefetch_of(const MarginSoftmaxArgs<A>& p, int64_t row, int64_t next) {
   const int64_t size = element_size(p.logits_type);
   const char* load = static_cast<const char*>(p.logits) + next * p.logits_stride * size;
-  return {load, p.grad == nullptr ? load : static_cast<const char*>(p.grad) + row * p.classes * size, size};
+  return {load, p.grad == nullptr ? load : static_cast<const char*>(p.grad) + row * p.grad_stride * size, size};
 }
 
 template <typename A>
@@ -43,66 +53,114 @@ LTK_INLINE A log_of(A sum) {
   return static_cast<A>(__builtin_log(sum));
 }
 
+template <typename A>
+LTK_INLINE bool is_ignored(const MarginSoftmaxArgs<A>& p, int64_t i) {
+  return p.index != nullptr && p.index[i] == p.ignore_index;
+}
+
 // Statistics of rows with class indices from their sums and expected logits. A call of log in the loop over the rows
 // would keep the processor from working on two short ones at once.
 template <typename A>
 void finish_rows(const MarginSoftmaxArgs<A>& p, int64_t begin, int64_t end) {
   for (int64_t i = begin; i < end; ++i) {
+    if (is_ignored(p, i)) continue;
     const int64_t y = p.index[i];
-    if (y == p.ignore_index) continue;
     p.row_logsum[i] = log_of(p.row_logsum[i]);
     p.row_loss[i] = (p.weight == nullptr ? 1 : p.weight[y]) * p.row_logsum[i] - p.row_loss[i];
   }
 }
 
 template <typename A>
-void forward(const MarginSoftmaxArgs<A>& p, int64_t begin, int64_t end, A* scratch) {
-  const int64_t C = p.classes;
-  const int64_t size = padded<A>(C);
-  const bool dense = is_dense(p);
-  A* v = scratch;
-  A* t = scratch + size;
+LTK_INLINE void leave_out(const MarginSoftmaxArgs<A>& p, int64_t i) {
+  p.row_max[i] = p.row_logsum[i] = p.row_loss[i] = 0;
+  if (p.grad != nullptr) zero_gradient(p, i);
+}
+
+// c of row i for an upstream gradient of 1.
+template <typename A>
+LTK_INLINE A unit_upstream(const MarginSoftmaxArgs<A>& p, int64_t i) {
+  return (p.sample_weight == nullptr ? 1 : p.sample_weight[i]) * p.inverse_normalizer;
+}
+
+// Rows [begin, end) with class indices, no more than rows_together. What one sweep leaves for the next is kept where
+// the statistics go: the sum in row_logsum, whose logarithm waits for finish_rows, and the expected logit in row_loss.
+template <typename A>
+LTK_INLINE void forward_rows(const MarginSoftmaxArgs<A>& p, int64_t begin, int64_t end, int64_t last, A* scratch) {
+  const int64_t size = padded<A>(p.classes);
   for (int64_t i = begin; i < end; ++i) {
-    if (p.index != nullptr && p.index[i] == p.ignore_index) {
-      p.row_max[i] = p.row_logsum[i] = p.row_loss[i] = 0;
-      if (p.grad != nullptr) zero_gradient(p, i);
+    if (is_ignored(p, i)) {
+      leave_out(p, i);
       continue;
     }
-    prefetch_silenced(p, i, end);
-    const A top = load_row(p, i, v, t);
-    const int64_t y = dense ? -1 : p.index[i];
-    const A mass = dense ? target_distribution(p, i, t) : p.weight == nullptr ? 1 : p.weight[y];
-    const A expected = dense ? expected_logit(t, v, size, top) : mass == 0 ? 0 : mass * (v[y] - top);
-    const Prefetch prefetch = prefetch_of(p, i, i + 1 < end ? i + 1 : i);
-    const A sum = p.grad != nullptr ? exp_sum<true>(v, size, top, prefetch) : exp_sum<false>(v, size, top, prefetch);
+    prefetch_silenced(p, i, last);
+    A* v = scratch + (i - begin) * size;
+    const A top = load_row(p, i, v, static_cast<A*>(nullptr));
+    const int64_t y = p.index[i];
+    const A mass = p.weight == nullptr ? 1 : p.weight[y];
     p.row_max[i] = top;
-    p.row_logsum[i] = dense ? log_of(sum) : sum;  // the logarithm waits for finish_rows
-    p.row_loss[i] = dense ? mass * p.row_logsum[i] - expected : expected;
-    if (p.grad == nullptr) continue;
-
-    const A c = (p.sample_weight == nullptr ? 1 : p.sample_weight[i]) * p.inverse_normalizer;
-    const A coefficient = c * mass / sum;
-    if (dense) {
-      for (int64_t j = 0; j < size; ++j) v[j] = v[j] * coefficient - c * t[j];
-      zero_removed(p, i, v);
-      store_gradient(p, i, v, A(1), /*finite=*/false, y, A(0));
-    } else {
-      // A finite coefficient has a finite sum, which has no NaN among its terms.
-      const bool finite = (coefficient - coefficient) * p.scale == 0;
-      store_gradient(p, i, v, coefficient, finite, y, v[y] * coefficient - c * mass);
-    }
+    p.row_loss[i] = mass == 0 ? 0 : mass * (v[y] - top);
   }
-  if (!dense) finish_rows(p, begin, end);
+  for (int64_t i = begin; i < end; ++i) {
+    if (is_ignored(p, i)) continue;
+    A* v = scratch + (i - begin) * size;
+    const int64_t next = i + (end - begin);
+    p.row_logsum[i] = exp_sum(p, v, size, p.row_max[i], prefetch_of(p, i, next < last ? next : i));
+  }
+  for (int64_t i = begin; p.grad != nullptr && i < end; ++i) {
+    if (is_ignored(p, i)) continue;
+    const A* v = scratch + (i - begin) * size;
+    const int64_t y = p.index[i];
+    const A mass = p.weight == nullptr ? 1 : p.weight[y];
+    const A c = unit_upstream(p, i);
+    const A coefficient = c * mass / p.row_logsum[i];
+    // A finite coefficient has a finite sum, which has no NaN among its terms.
+    const bool finite = (coefficient - coefficient) * p.scale == 0;
+    store_gradient(p, i, v, coefficient, finite, y, v[y] * coefficient - c * mass);
+  }
+}
+
+// A row with a distribution as its target.
+template <typename A>
+void forward_dense(const MarginSoftmaxArgs<A>& p, int64_t i, int64_t next, A* v, A* t) {
+  if (is_ignored(p, i)) return leave_out(p, i);
+  const int64_t size = padded<A>(p.classes);
+  const A top = load_row(p, i, v, t);
+  const A mass = target_distribution(p, i, t);
+  const A expected = expected_logit(t, v, size, top);
+  const A sum = exp_sum(p, v, size, top, prefetch_of(p, i, next));
+  p.row_max[i] = top;
+  p.row_logsum[i] = log_of(sum);
+  p.row_loss[i] = mass * p.row_logsum[i] - expected;
+  if (p.grad == nullptr) return;
+  const A c = unit_upstream(p, i);
+  const A coefficient = c * mass / sum;
+  for (int64_t j = 0; j < size; ++j) v[j] = v[j] * coefficient - c * t[j];
+  zero_removed(p, i, v);
+  store_gradient(p, i, v, A(1), /*finite=*/false, int64_t(-1), A(0));
+}
+
+template <typename A>
+void forward(const MarginSoftmaxArgs<A>& p, int64_t begin, int64_t end, A* scratch) {
+  if (is_dense(p)) {
+    A* t = scratch + padded<A>(p.classes);
+    for (int64_t i = begin; i < end; ++i) forward_dense(p, i, i + 1 < end ? i + 1 : i, scratch, t);
+    return;
+  }
+  const int64_t together = rows_together<A>(p.classes);
+  for (int64_t i = begin; i < end; i += together) {
+    forward_rows(p, i, i + together < end ? i + together : end, end, scratch);
+  }
+  finish_rows(p, begin, end);
 }
 
 // G of row i in `v`, exactly 0 in masked and padded entries; `t` is scratch. False for an ignored row. `next` is the
 // row whose turn it is after this one.
 template <typename A>
 bool row_gradient(const MarginSoftmaxArgs<A>& p, int64_t i, int64_t next, A* v, A* t) {
-  if (p.index != nullptr && p.index[i] == p.ignore_index) return false;
+  if (is_ignored(p, i)) return false;
   const int64_t size = padded<A>(p.classes);
   load_row(p, i, v, t);
-  softmax_from(v, size, p.row_max[i], p.row_logsum[i], prefetch_of(p, i, next));
+  softmax_from(p, v, size, p.row_max[i], p.row_logsum[i], prefetch_of(p, i, next));
   const A u = p.sample_weight == nullptr ? 1 : p.sample_weight[i];
   const A c = p.grad_loss[i * p.grad_loss_stride] * u * p.inverse_normalizer;
   const A e = p.grad_lse == nullptr ? 0 : p.grad_lse[i];

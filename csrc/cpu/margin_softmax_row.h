@@ -45,8 +45,7 @@ LTK_INLINE A load_adjusted(const T* logits, const MarginSoftmaxArgs<A>& p, A* v)
     }
     return lane_max<A>(larger(load(v), top));
   }
-  auto adjusted = [&](int64_t j) __attribute__((always_inline)) {
-    Vec<A> x = load(logits + j);
+  auto adjust = [&](Vec<A> x, int64_t j) __attribute__((always_inline)) {
     if constexpr (kAffine == Affine::kScale) x = x * scale;
     if constexpr (kAffine == Affine::kBias) x = x * scale + load(bias + j);
     if constexpr (kAffine == Affine::kScaleBias) x = x * load(scaled + j) + load(bias + j);
@@ -55,14 +54,15 @@ LTK_INLINE A load_adjusted(const T* logits, const MarginSoftmaxArgs<A>& p, A* v)
   Vec<A> other = top;
   int64_t j = 0;
   for (; j + 2 * W <= C; j += 2 * W) {
-    const Vec<A> x = adjusted(j), y = adjusted(j + W);
+    const auto [low, high] = load_pair(logits + j);
+    const Vec<A> x = adjust(low, j), y = adjust(high, j + W);
     store(v + j, x);
     store(v + j + W, y);
     top = larger(x, top);
     other = larger(y, other);
   }
   if (j + W <= C) {
-    const Vec<A> x = adjusted(j);
+    const Vec<A> x = adjust(load(logits + j), j);
     store(v + j, x);
     top = larger(x, top);
     j += W;
@@ -72,7 +72,7 @@ LTK_INLINE A load_adjusted(const T* logits, const MarginSoftmaxArgs<A>& p, A* v)
     // overlapping, the next sweep would wait for both stores to reach the cache.
     const auto lanes = lane_numbers<A>();
     const auto missing = static_cast<typename Simd<A>::Lane>(j + W - C);
-    const Vec<A> x = shuffle<A>(adjusted(C - W), (lanes + missing) & (W - 1));
+    const Vec<A> x = shuffle<A>(adjust(load(logits + C - W), C - W), (lanes + missing) & (W - 1));
     const Vec<A> padding = broadcast<A>(-kInfinity<A>);
     const Vec<A> y = lanes + missing < W ? x : padding;
     store(v + j, y);
@@ -225,34 +225,53 @@ struct Prefetch {
   }
 };
 
-template <bool kStore, typename A>
-LTK_INLINE A exp_sum(A* v, int64_t size, A shift, Prefetch prefetch) {
+// Whether what exp gives is rounded to 16 bits in the end, and a shorter exp is as good.
+template <typename A>
+LTK_INLINE bool is_narrow(const MarginSoftmaxArgs<A>& p) {
+  return p.logits_type == ElementType::kBFloat16 || p.logits_type == ElementType::kHalf;
+}
+
+template <bool kStore, bool kNarrow, typename A>
+LTK_INLINE A exp_sum_as(A* v, int64_t size, A shift, Prefetch prefetch) {
   constexpr int64_t W = Simd<A>::kLanes;
   const Vec<A> m = broadcast<A>(shift);
   Vec<A> sum = {}, other = {};
   int64_t j = 0;
   for (; j + 2 * W <= size; j += 2 * W) {
     prefetch.lines<kStore, 2 * W>(j);
-    const Vec<A> e = exp_nonpositive(load(v + j) - m);
-    const Vec<A> f = exp_nonpositive(load(v + j + W) - m);
+    const Vec<A> e = exp_nonpositive<kNarrow>(load(v + j) - m);
+    const Vec<A> f = exp_nonpositive<kNarrow>(load(v + j + W) - m);
     if constexpr (kStore) store(v + j, e);
     if constexpr (kStore) store(v + j + W, f);
     sum += e;
     other += f;
   }
   if (j < size) {
-    const Vec<A> e = exp_nonpositive(load(v + j) - m);
+    const Vec<A> e = exp_nonpositive<kNarrow>(load(v + j) - m);
     if constexpr (kStore) store(v + j, e);
     sum += e;
   }
   return lane_sum<A>(sum + other);
 }
 
+// v -> exp(v - shift), if a gradient needs it, and its sum.
 template <typename A>
-LTK_INLINE void softmax_from(A* v, int64_t size, A shift, A logsum, Prefetch prefetch) {
+LTK_INLINE A exp_sum(const MarginSoftmaxArgs<A>& p, A* v, int64_t size, A shift, Prefetch prefetch) {
+  if constexpr (sizeof(A) == 4) {
+    if (is_narrow(p)) {
+      return p.grad != nullptr ? exp_sum_as<true, true>(v, size, shift, prefetch)
+                               : exp_sum_as<false, true>(v, size, shift, prefetch);
+    }
+  }
+  return p.grad != nullptr ? exp_sum_as<true, false>(v, size, shift, prefetch)
+                           : exp_sum_as<false, false>(v, size, shift, prefetch);
+}
+
+template <bool kNarrow, typename A>
+LTK_INLINE void softmax_from_as(A* v, int64_t size, A shift, A logsum, Prefetch prefetch) {
   constexpr int64_t W = Simd<A>::kLanes;
   const auto softmax = [&](int64_t j) __attribute__((always_inline)) {
-    store(v + j, exp_nonpositive((load(v + j) - broadcast<A>(shift)) - broadcast<A>(logsum)));
+    store(v + j, exp_nonpositive<kNarrow>((load(v + j) - broadcast<A>(shift)) - broadcast<A>(logsum)));
   };
   int64_t j = 0;
   for (; j + 2 * W <= size; j += 2 * W) {
@@ -261,6 +280,15 @@ LTK_INLINE void softmax_from(A* v, int64_t size, A shift, A logsum, Prefetch pre
     softmax(j + W);
   }
   if (j < size) softmax(j);
+}
+
+template <typename A>
+LTK_INLINE void softmax_from(
+    const MarginSoftmaxArgs<A>& p, A* v, int64_t size, A shift, A logsum, Prefetch prefetch) {
+  if constexpr (sizeof(A) == 4) {
+    if (is_narrow(p)) return softmax_from_as<true>(v, size, shift, logsum, prefetch);
+  }
+  softmax_from_as<false>(v, size, shift, logsum, prefetch);
 }
 
 // ---------------------------------------------------------------------------------------------------- sweep 3: store
@@ -292,7 +320,7 @@ LTK_INLINE void store_scaled(const A* g, A k, bool finite, const A* scaled, int6
 template <typename A, typename T>
 LTK_INLINE void store_gradient_as(
     const MarginSoftmaxArgs<A>& p, int64_t i, const A* g, A coefficient, bool finite, int64_t y, A at_target) {
-  T* out = static_cast<T*>(p.grad) + i * p.classes;
+  T* out = static_cast<T*>(p.grad) + i * p.grad_stride;
   store_scaled(g, p.scaled == nullptr ? coefficient * p.scale : coefficient, finite, p.scaled, p.classes, out);
   if (y >= 0) out[y] = narrow<T>(at_target * (p.scaled == nullptr ? p.scale : p.scaled[y]));
   if (const bool* mask = mask_row(p, i)) {
@@ -324,8 +352,8 @@ LTK_INLINE int64_t element_size(ElementType type) {
 
 template <typename A>
 LTK_INLINE void zero_gradient(const MarginSoftmaxArgs<A>& p, int64_t i) {
-  const int64_t size = p.classes * element_size(p.logits_type);
-  std::memset(static_cast<char*>(p.grad) + i * size, 0, size);
+  const int64_t size = element_size(p.logits_type);
+  std::memset(static_cast<char*>(p.grad) + i * p.grad_stride * size, 0, p.classes * size);
 }
 
 // ----------------------------------------------------------------------------------------------- target distribution

@@ -23,6 +23,12 @@ constexpr int kVectorBytes = 32;
 constexpr int kVectorBytes = 16;
 #endif
 
+#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+constexpr bool kFusedMultiplyAdd = true;
+#else
+constexpr bool kFusedMultiplyAdd = false;
+#endif
+
 template <typename T>
 struct Simd;
 
@@ -128,6 +134,8 @@ LTK_INLINE A lane_max(Vec<A> v) {
 }
 
 // exp for x <= 0 and NaN, within 1 ulp; below -87.68 the result, less than the smallest normal number, is 0.
+// kNarrow: for what is rounded to 16 bits in the end, to 2e-7 + 3e-9 |x| of the result and a quarter faster.
+template <bool kNarrow = false>
 LTK_INLINE Vec<float> exp_nonpositive(Vec<float> x) {
   using F = Vec<float>;
   using Bits = Simd<float>::Bits;
@@ -135,17 +143,29 @@ LTK_INLINE Vec<float> exp_nonpositive(Vec<float> x) {
   // n = round(x / ln 2) ends up in the low mantissa bits of a sum with 1.5 * 2^23.
   const F shifted = clamped * 1.44269504f + 12582912.0f;
   const F n = shifted - 12582912.0f;
-  const F r = (clamped - n * 0.693359375f) - n * -2.12194440e-4f;  // ln 2 in two parts (Cody and Waite)
-  F p = r * 1.3814539416e-3f + 8.3687454462e-3f;                   // minimax on |r| <= ln 2 / 2, error 3.6e-9
-  p = p * r + 4.1668388993e-2f;
-  p = p * r + 1.6666521132e-1f;
-  p = p * r + 4.9999994040e-1f;
+  F r, p;
+  if constexpr (kNarrow && kFusedMultiplyAdd) {
+    r = clamped - n * 0.69314718f;
+  } else {
+    r = (clamped - n * 0.693359375f) - n * -2.12194440e-4f;  // ln 2 in two parts (Cody and Waite)
+  }
+  if constexpr (kNarrow) {
+    p = r * 8.3125010133e-3f + 4.1890330613e-2f;  // minimax on |r| <= ln 2 / 2, error 1.1e-7
+    p = p * r + 1.6667115688e-1f;
+    p = p * r + 4.9999231100e-1f;
+  } else {
+    p = r * 1.3814539416e-3f + 8.3687454462e-3f;  // minimax, error 3.6e-9
+    p = p * r + 4.1668388993e-2f;
+    p = p * r + 1.6666521132e-1f;
+    p = p * r + 4.9999994040e-1f;
+  }
   p = p * r + 1.0f;
   p = p * r + 1.0f;
   // n = -127 gives the bits of 0: the clamped value, and all of -inf.
   return p * reinterpret_cast<F>((reinterpret_cast<Bits>(shifted) + 127u) << 23);
 }
 
+template <bool kNarrow = false>
 LTK_INLINE Vec<double> exp_nonpositive(Vec<double> x) {
   Vec<double> result;
   for (int k = 0; k < Simd<double>::kLanes; ++k) result[k] = __builtin_exp(x[k]);
@@ -264,6 +284,28 @@ LTK_INLINE Simd<float>::Bits bfloat16_bits(Vec<float> v) {
 LTK_INLINE void store(BFloat16* p, Vec<float> v) {
   store_as(p, __builtin_convertvector(bfloat16_bits<true>(v), HalfBits));
 }
+
+template <typename V>
+struct Pair {
+  V low, high;
+};
+
+// Two vectors in a row.
+template <typename T>
+LTK_INLINE auto load_pair(const T* p) {
+  using V = decltype(load(p));
+  return Pair<V>{load(p), load(p + sizeof(V) / sizeof(V{}[0]))};
+}
+
+#if defined(__AVX2__) && !defined(__AVX512F__)
+// Half the instructions of two loads: interleaving with zeros both widens and shifts.
+LTK_INLINE auto load_pair(const BFloat16* p) {
+  const __m256i bits = _mm256_permute4x64_epi64(load_as<__m256i>(p), 0xd8);
+  const __m256i zero = _mm256_setzero_si256();
+  return Pair<Vec<float>>{
+      Vec<float>(_mm256_unpacklo_epi16(zero, bits)), Vec<float>(_mm256_unpackhi_epi16(zero, bits))};
+}
+#endif
 
 // Two vectors in a row, neither with a NaN: for bfloat16, half the instructions of two stores.
 template <typename T, typename V>
