@@ -42,7 +42,7 @@ struct AutocastOff {
 struct Block {
   int64_t rows, columns;
 };
-constexpr Block kLogitBlock{256, 512}, kInputBlock{128, 256}, kWeightBlock{512, INT64_MAX};
+constexpr Block kLogitBlock{256, 1024}, kInputBlock{256, 256}, kWeightBlock{1024, INT64_MAX};
 
 // Calls f(block, first row, first column) for each block of `product`, or once for all of it where there are fewer
 // blocks than threads.
