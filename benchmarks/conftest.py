@@ -110,6 +110,7 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
         cpu_capability=torch.backends.cpu.get_cpu_capability(),
         system=f"{platform.system()} {platform.machine()}",
         huge_pages=_huge_pages(),
+        settled=True,  # interleave.py: an untimed run before each timed one
         python=platform.python_version(),
         torch=torch.__version__,
         triton=_version("triton") if device == "cuda" else None,

@@ -38,12 +38,14 @@ def interleave(
 
     The order is shuffled anew in each round, so that no step always finds the caches as the same neighbour left them.
     A short step is run several times in a row and gives the mean: one call alone is close to the clock's overhead,
-    and it would be timed with the instruction cache of another variant. ``warm``: seconds of an earlier run; a step
-    that took long then is not warmed up again.
+    and it would be timed with the instruction cache of another variant. A longer one is run once more, untimed, before
+    each timed run: a training step follows its like, and finds the memory that the last one gave back. After another
+    variant it may be the system that has it, and on a virtual machine the host, from where it takes ten times the step
+    to come back, now and then. ``warm``: seconds of an earlier run; a step that took long then is spared both.
     """
     sample = _sample_cuda if device == "cuda" else _sample_cpu
     shortest = 5e-3 if device == "cuda" else 5e-4
-    order, repeats = list(steps), {}
+    order, repeats, settled = list(steps), {}, set()
     samples: dict[Any, list[float]] = {name: [] for name in order}
     shuffle = random.Random(0).shuffle
     collecting = gc.isenabled()
@@ -58,12 +60,17 @@ def interleave(
             repeats[name] = min(25, max(1, round(shortest / sample(steps[name], 1))))
             if repeats[name] > 1:
                 sample(steps[name], repeats[name])
+            else:
+                settled.add(name)
         start, rounds = time.perf_counter(), 0
         while rounds < effort.min_rounds or (
             rounds < effort.max_rounds and time.perf_counter() - start < effort.seconds
         ):
             shuffle(order)
             for name in order:
+                if name in settled:
+                    sample(steps[name], 1)
+                    steps[name].reset()
                 samples[name].append(sample(steps[name], repeats[name]))
                 steps[name].reset()
             rounds += 1

@@ -64,13 +64,16 @@ def head(results: Results, title: str, what: str) -> str:
     versions = [f"torch {m['torch']}", *(f"{name} {v}" for name, v in optional.items() if v), f"Python {m['python']}"]
     pages = f" Transparent huge pages: {m['huge_pages']}." if m.get("huge_pages") and m["device"] == "cpu" else ""
     rounds = min(v["rounds"] for case in results.cases.values() for v in case["variants"].values())
+    before = (
+        " Each timed run follows an untimed one of the same variant, as in a training loop." if m.get("settled") else ""
+    )
     smoke = "\n\n**A smoke run: the numbers mean nothing.**" if m.get("quick") else ""
     return (
         f"# {title} on {where}\n\n"
         f"{m['date']}, {', '.join(versions)}, {m['threads']} CPU threads, {m['system']}.{pages}{smoke}\n\n"
         f"Forward and backward, medians of at least {rounds} rounds. All variants of a shape and "
         "upstream gradient, in both dtypes, are timed in one loop, in a new random order each round, after each has "
-        "been checked against the definition in float64. "
+        f"been checked against the definition in float64.{before} "
         f"`~` marks an interquartile range above {NOISY:.0%} of the median. {what}"
     )
 

@@ -289,8 +289,19 @@ def test_every_round_runs_every_step_in_an_order_of_its_own(monkeypatch):
     steps = {name: Recorder(name, log) for name in "abcd"}
     samples = interleave(steps, Effort(seconds=0, min_rounds=7))
     assert {name: len(values) for name, values in samples.items()} == dict.fromkeys("abcd", 7)
-    rounds = ["".join(log[-28:][i : i + 4]) for i in range(0, 28, 4)]
+    untimed, timed = log[-56::2], log[-55::2]
+    assert untimed == timed  # a step finds memory and caches as its like has left them
+    rounds = ["".join(timed[i : i + 4]) for i in range(0, 28, 4)]
     assert all(sorted(one) == list("abcd") for one in rounds) and len(set(rounds)) > 3
+
+
+@pytest.mark.parametrize(("seconds", "warm"), [(1e-5, None), (2.0, {"a": 2.0})])
+def test_short_and_long_steps_are_not_run_untimed(monkeypatch, seconds, warm):
+    """Of a short step each sample is many runs; a long one minds neither caches nor where its memory comes from."""
+    monkeypatch.setattr("benchmarks.interleave._sample_cpu", lambda step, repeats: step.run() or seconds)
+    log: list[str] = []
+    interleave({"a": Recorder("a", log)}, Effort(seconds=0, min_rounds=7), warm=warm)
+    assert len(log) == 7 + (0 if warm else 3)
 
 
 VARIANTS = [(family, name) for family in FAMILIES.values() for name in family.variants]
