@@ -270,12 +270,18 @@ def _grouped(
         # On a logarithmic axis no bar can be of height 0.
         there = [(x, value) for x, value in zip(left, values[name], strict=True) if value]
         axes.bar([x for x, _ in there], [value for _, value in there], width, color=color, label=text)
-        # At the foot of the bars, where no target crosses them; a logarithmic axis has no foot.
+        # At the foot of the bars, where no target crosses them; a logarithmic axis has no foot, and its targets are
+        # such that a bar that meets one ends below it.
         foot = axes.get_yscale() == "linear"
-        look = dict(ha="center", fontsize=8, color="white" if foot and color == BLUE else BLACK)
+        look = dict(
+            ha="center",
+            va="bottom" if foot else "top",
+            fontsize=8 if foot else 7,
+            color="white" if color == BLUE else BLACK,
+        )
         for x, value in there:
-            place = (x, 0 if foot else value)
-            axes.annotate(form.format(value), place, xytext=(0, 3), textcoords="offset points", **look)
+            place, offset = ((x, 0), 3) if foot else ((x, value), -2)
+            axes.annotate(form.format(value), place, xytext=(0, offset), textcoords="offset points", **look)
         for x, wanted in zip(left, marks.get(name, ()), strict=False):
             if wanted:
                 axes.hlines(wanted, x - width / 2, x + width / 2, color=BLACK, linewidth=2, label=label)

@@ -283,8 +283,7 @@ LTK_INLINE void softmax_from_as(A* v, int64_t size, A shift, A logsum, Prefetch 
 }
 
 template <typename A>
-LTK_INLINE void softmax_from(
-    const MarginSoftmaxArgs<A>& p, A* v, int64_t size, A shift, A logsum, Prefetch prefetch) {
+LTK_INLINE void softmax_from(const MarginSoftmaxArgs<A>& p, A* v, int64_t size, A shift, A logsum, Prefetch prefetch) {
   if constexpr (sizeof(A) == 4) {
     if (is_narrow(p)) return softmax_from_as<true>(v, size, shift, logsum, prefetch);
   }

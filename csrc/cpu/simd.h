@@ -302,8 +302,7 @@ LTK_INLINE auto load_pair(const T* p) {
 LTK_INLINE auto load_pair(const BFloat16* p) {
   const __m256i bits = _mm256_permute4x64_epi64(load_as<__m256i>(p), 0xd8);
   const __m256i zero = _mm256_setzero_si256();
-  return Pair<Vec<float>>{
-      Vec<float>(_mm256_unpacklo_epi16(zero, bits)), Vec<float>(_mm256_unpackhi_epi16(zero, bits))};
+  return Pair<Vec<float>>{Vec<float>(_mm256_unpacklo_epi16(zero, bits)), Vec<float>(_mm256_unpackhi_epi16(zero, bits))};
 }
 #endif
 
