@@ -42,15 +42,30 @@ FAULTS: dict[str, tuple[str, str]] = {
     "drop the margin": ("    v[y] = before - p.margin[y];", "    v[y] = before;"),
     "margin on every row of probabilities": ("v[j] -= p.margin[j] * t[j];", "v[j] -= p.margin[j];"),
     "wrong Z": (
-        "const A c = (p.sample_weight == nullptr ? 1 : p.sample_weight[i]) * p.inverse_normalizer;",
-        "const A c = (p.sample_weight == nullptr ? 1 : p.sample_weight[i]) / A(p.rows);",
+        "return (p.sample_weight == nullptr ? 1 : p.sample_weight[i]) * p.inverse_normalizer;",
+        "return (p.sample_weight == nullptr ? 1 : p.sample_weight[i]) / A(p.rows);",
     ),
     "wrong Z in backward": ("p.grad_loss_stride] * u * p.inverse_normalizer;", "p.grad_loss_stride] * u;"),
-    "no maximum subtracted": ("const A top = load_row(p, i, v, t);", "load_row(p, i, v, t); const A top = 0;"),
+    "no maximum subtracted": (
+        "const A top = load_row(p, i, v, static_cast<A*>(nullptr));",
+        "load_row(p, i, v, static_cast<A*>(nullptr)); const A top = 0;",
+    ),
+    "no maximum subtracted under a distribution": (
+        "const A top = load_row(p, i, v, t);",
+        "load_row(p, i, v, t); const A top = 0;",
+    ),
+    "rows together in one scratch": (
+        "    A* v = scratch + (i - begin) * size;\n    const A top",
+        "    A* v = scratch;\n    const A top",
+    ),
+    "a row between those together": ("i < end; i += together) {", "i < end; i += together + 1) {"),
+    "the sum of another row": ("c * mass / p.row_logsum[i];", "c * mass / p.row_logsum[begin];"),
     "a maximum of at least 0": ("  return top;\n}\n\n// ---", "  return top > 0 ? top : 0;\n}\n\n// ---"),
     "the maximum forgets the margin": ("    if (v[y] > top) top = v[y];", "    if (false) top = v[y];"),
-    "forget the class weight": (": p.weight == nullptr ? 1 : p.weight[y];", ": 1;"),
-    "forget the class weight in backward": ("A mass = p.weight == nullptr ? 1 : p.weight[y];", "A mass = 1;"),
+    "forget the class weight": ("return p.weight == nullptr ? 1 : p.weight[y];", "return 1;"),
+    "forget the class weight of the target's logit": ("0 : mass * (v[y] - top);", "0 : v[y] - top;"),
+    "forget the class weight of the gradient": ("= c * mass / p.row_logsum[i];", "= c / p.row_logsum[i];"),
+    "forget the class weight in backward": ("const A k = c * mass + e;", "const A k = c + e;"),
     "forget the class weight under smoothing": ("t[j] *= p.weight[j];", "t[j] *= 1;"),
     "forget the sample weight in backward": ("A u = p.sample_weight == nullptr ? 1 : p.sample_weight[i];", "A u = 1;"),
     "scale multiplies the bias": ("x = x * scale + load(bias + j);", "x = (x + load(bias + j)) * scale;"),
@@ -76,8 +91,8 @@ FAULTS: dict[str, tuple[str, str]] = {
     "gradient of silenced classes not zeroed in backward": ("  zero_silenced(p, i, g);", "  // "),
     "ignored rows have a loss": ("p.row_max[i] = p.row_logsum[i] = p.row_loss[i] = 0;", "p.row_loss[i] = 1;"),
     "gradient of ignored rows not written": (
-        "zero_gradient(p, i);\n      continue;\n    }\n    prefetch_silenced",
-        ";\n      continue;\n    }\n    prefetch_silenced",
+        "= p.row_loss[i] = 0;\n  if (p.grad != nullptr) zero_gradient(p, i);",
+        "= p.row_loss[i] = 0;",
     ),
     "gradient of ignored rows not written in backward": (
         "zero_gradient(p, i);\n      continue;\n    }\n    if (p.grad",
@@ -116,7 +131,8 @@ extern "C" void run(
   p.log_neighbor_weight = log_neighbor_weight;
   if (back_from >= 0) p.back_from = back_from;
   p.inverse_normalizer = inverse_normalizer; p.row_max = stats; p.row_logsum = stats + rows;
-  p.row_loss = stats + 2 * rows; p.grad = grad; p.grad_loss = upstream; p.grad_loss_stride = upstream_stride;
+  p.row_loss = stats + 2 * rows; p.grad = grad; p.grad_stride = classes; p.grad_loss = upstream;
+  p.grad_loss_stride = upstream_stride;
   p.grad_lse = upstream_lse; p.raw_scale = raw_scale;
   const auto& kernels = ltkernels::DEFAULT::margin_softmax_float;
   if (upstream == nullptr) return kernels.forward(p, 0, rows, scratch);
@@ -220,7 +236,7 @@ def pointer(x: Tensor | None) -> ctypes.c_void_p:
 # --------------------------------------------------------------------------------------------------------------- tests
 
 SMALL = FEATURES | {
-    "rows": (1, 5),
+    "rows": (1, 5, 19),  # more than are swept together
     "classes": (1, 3, 4, 9, 30),
     "dtype": (torch.float32,),
     "layout": ("contiguous", "row_sliced"),

@@ -58,15 +58,20 @@ LTK_INLINE bool is_ignored(const MarginSoftmaxArgs<A>& p, int64_t i) {
   return p.index != nullptr && p.index[i] == p.ignore_index;
 }
 
+// T of a row of class y.
+template <typename A>
+LTK_INLINE A mass_of(const MarginSoftmaxArgs<A>& p, int64_t y) {
+  return p.weight == nullptr ? 1 : p.weight[y];
+}
+
 // Statistics of rows with class indices from their sums and expected logits. A call of log in the loop over the rows
 // would keep the processor from working on two short ones at once.
 template <typename A>
 void finish_rows(const MarginSoftmaxArgs<A>& p, int64_t begin, int64_t end) {
   for (int64_t i = begin; i < end; ++i) {
     if (is_ignored(p, i)) continue;
-    const int64_t y = p.index[i];
     p.row_logsum[i] = log_of(p.row_logsum[i]);
-    p.row_loss[i] = (p.weight == nullptr ? 1 : p.weight[y]) * p.row_logsum[i] - p.row_loss[i];
+    p.row_loss[i] = mass_of(p, p.index[i]) * p.row_logsum[i] - p.row_loss[i];
   }
 }
 
@@ -96,7 +101,7 @@ LTK_INLINE void forward_rows(const MarginSoftmaxArgs<A>& p, int64_t begin, int64
     A* v = scratch + (i - begin) * size;
     const A top = load_row(p, i, v, static_cast<A*>(nullptr));
     const int64_t y = p.index[i];
-    const A mass = p.weight == nullptr ? 1 : p.weight[y];
+    const A mass = mass_of(p, y);
     p.row_max[i] = top;
     p.row_loss[i] = mass == 0 ? 0 : mass * (v[y] - top);
   }
@@ -110,7 +115,7 @@ LTK_INLINE void forward_rows(const MarginSoftmaxArgs<A>& p, int64_t begin, int64
     if (is_ignored(p, i)) continue;
     const A* v = scratch + (i - begin) * size;
     const int64_t y = p.index[i];
-    const A mass = p.weight == nullptr ? 1 : p.weight[y];
+    const A mass = mass_of(p, y);
     const A c = unit_upstream(p, i);
     const A coefficient = c * mass / p.row_logsum[i];
     // A finite coefficient has a finite sum, which has no NaN among its terms.
@@ -169,7 +174,7 @@ bool row_gradient(const MarginSoftmaxArgs<A>& p, int64_t i, int64_t next, A* v, 
     for (int64_t j = 0; j < size; ++j) v[j] = v[j] * k - c * t[j];
   } else {
     const int64_t y = p.index[i];
-    const A mass = p.weight == nullptr ? 1 : p.weight[y];
+    const A mass = mass_of(p, y);
     const A k = c * mass + e;
     for (int64_t j = 0; j < size; ++j) v[j] *= k;
     v[y] -= c * mass;
