@@ -343,3 +343,12 @@ def test_16_bit_logits_lose_nothing_else(dtype: torch.dtype) -> None:
     logits = (randn(64, 1000) * 5).to(dtype)
     got = LF.margin_cross_entropy(logits, torch.arange(64))
     torch.testing.assert_close(got.double(), F.cross_entropy(logits.double(), torch.arange(64)), rtol=5e-7, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_exp_of_16_bit_logits(dtype: torch.dtype) -> None:
+    """Two classes, so that the error of one exp shows in the log-sum-exp, which is rounded at 1 and below."""
+    x = torch.arange(0, 20, 1 / 64).to(dtype)
+    logits = torch.stack([torch.zeros_like(x), -x], 1)
+    _, lse = LF.margin_cross_entropy(logits, torch.zeros(len(x), dtype=torch.long), return_lse=True)
+    assert (lse.double() - torch.log1p((-x.double()).exp())).abs().max() <= 2.5e-7
