@@ -299,6 +299,20 @@ def test_opcheck_in_place(neighbors: bool, reduction: int) -> None:
     torch.testing.assert_close((loss, stats, got), want)
 
 
+def test_in_place_rows_that_lie_apart() -> None:
+    """What is between the rows of a wider matrix stays; rows in the same memory could not hold a gradient each."""
+    x, w, _, _, _, *rest = operator_arguments({"logit_bias": rand(C)}, (), 1, False)
+    logits = (x @ w.T).detach()
+    wide = torch.full((len(logits), C + 9), 7.0, dtype=logits.dtype)
+    got = wide[:, :C].copy_(logits)
+    loss, stats = ops.margin_softmax_fwd_(got, *rest)
+    torch.testing.assert_close((loss, stats, got), ops.margin_softmax_fwd(logits, *rest, True))
+    assert wide[:, C:].eq(7).all()
+    for bad in (logits[:1].expand_as(logits), logits.T.contiguous().T):
+        with pytest.raises(ValueError, match="logits: expected rows of unit stride"):
+            ops.margin_softmax_fwd_(bad, *rest)
+
+
 # ------------------------------------------------------------------------------------------------------------ autocast
 
 
