@@ -64,13 +64,26 @@ LTK_INLINE A mass_of(const MarginSoftmaxArgs<A>& p, int64_t y) {
   return p.weight == nullptr ? 1 : p.weight[y];
 }
 
-// Statistics of rows with class indices from their sums and expected logits. A call of log in the loop over the rows
-// would keep the processor from working on two short ones at once.
+// Sums of exponentials -> their logarithms. That of an ignored row, 0, and NaN stay what they are.
+template <typename A>
+LTK_INLINE Vec<A> log_of_sums(Vec<A> x) {
+  return x > 0 ? log_positive(x > 0 ? x : broadcast<A>(1)) : x;
+}
+
+template <typename A>
+LTK_INLINE void logs_of_sums(A* sums, int64_t size) {
+  constexpr int64_t W = Simd<A>::kLanes;
+  int64_t i = 0;
+  for (; i + W <= size; i += W) store(sums + i, log_of_sums<A>(load(sums + i)));
+  for (; i < size; ++i) sums[i] = log_of_sums<A>(broadcast<A>(sums[i]))[0];  // the same bits at any place
+}
+
+// Statistics of rows with class indices from their sums and expected logits.
 template <typename A>
 void finish_rows(const MarginSoftmaxArgs<A>& p, int64_t begin, int64_t end) {
+  logs_of_sums(p.row_logsum + begin, end - begin);
   for (int64_t i = begin; i < end; ++i) {
     if (is_ignored(p, i)) continue;
-    p.row_logsum[i] = log_of(p.row_logsum[i]);
     p.row_loss[i] = mass_of(p, p.index[i]) * p.row_logsum[i] - p.row_loss[i];
   }
 }

@@ -231,27 +231,34 @@ LTK_INLINE bool is_narrow(const MarginSoftmaxArgs<A>& p) {
   return p.logits_type == ElementType::kBFloat16 || p.logits_type == ElementType::kHalf;
 }
 
+// Vectors whose exp is taken together.
+constexpr int kTogether = 4;
+
+// v -> exp(v - shift) of kVectors vectors, if kStore says so; their sum goes to two in turn.
+template <bool kStore, bool kNarrow, int kVectors, typename A>
+LTK_INLINE void exp_sum_of(A* v, Vec<A> shift, Vec<A> (&sums)[2]) {
+  constexpr int64_t W = Simd<A>::kLanes;
+  Vec<A> e[kVectors];
+  unrolled<kVectors>([&](int k) { e[k] = load(v + k * W) - shift; });
+  exp_nonpositive<kNarrow>(e);
+  unrolled<kVectors>([&](int k) {
+    if constexpr (kStore) store(v + k * W, e[k]);
+    sums[k % 2] += e[k];
+  });
+}
+
 template <bool kStore, bool kNarrow, typename A>
 LTK_INLINE A exp_sum_as(A* v, int64_t size, A shift, Prefetch prefetch) {
-  constexpr int64_t W = Simd<A>::kLanes;
+  constexpr int64_t W = Simd<A>::kLanes, kGroup = kTogether * W;
   const Vec<A> m = broadcast<A>(shift);
-  Vec<A> sum = {}, other = {};
+  Vec<A> sums[2] = {};
   int64_t j = 0;
-  for (; j + 2 * W <= size; j += 2 * W) {
-    prefetch.lines<kStore, 2 * W>(j);
-    const Vec<A> e = exp_nonpositive<kNarrow>(load(v + j) - m);
-    const Vec<A> f = exp_nonpositive<kNarrow>(load(v + j + W) - m);
-    if constexpr (kStore) store(v + j, e);
-    if constexpr (kStore) store(v + j + W, f);
-    sum += e;
-    other += f;
+  for (; j + kGroup <= size; j += kGroup) {
+    prefetch.lines<kStore, kGroup>(j);
+    exp_sum_of<kStore, kNarrow, kTogether>(v + j, m, sums);
   }
-  if (j < size) {
-    const Vec<A> e = exp_nonpositive<kNarrow>(load(v + j) - m);
-    if constexpr (kStore) store(v + j, e);
-    sum += e;
-  }
-  return lane_sum<A>(sum + other);
+  for (; j < size; j += W) exp_sum_of<kStore, kNarrow, 1>(v + j, m, sums);
+  return lane_sum<A>(sums[0] + sums[1]);
 }
 
 // v -> exp(v - shift), if a gradient needs it, and its sum.
@@ -267,19 +274,25 @@ LTK_INLINE A exp_sum(const MarginSoftmaxArgs<A>& p, A* v, int64_t size, A shift,
                            : exp_sum_as<false, false>(v, size, shift, prefetch);
 }
 
+template <bool kNarrow, int kVectors, typename A>
+LTK_INLINE void softmax_of(A* v, Vec<A> shift, Vec<A> logsum) {
+  constexpr int64_t W = Simd<A>::kLanes;
+  Vec<A> e[kVectors];
+  unrolled<kVectors>([&](int k) { e[k] = (load(v + k * W) - shift) - logsum; });
+  exp_nonpositive<kNarrow>(e);
+  unrolled<kVectors>([&](int k) { store(v + k * W, e[k]); });
+}
+
 template <bool kNarrow, typename A>
 LTK_INLINE void softmax_from_as(A* v, int64_t size, A shift, A logsum, Prefetch prefetch) {
-  constexpr int64_t W = Simd<A>::kLanes;
-  const auto softmax = [&](int64_t j) __attribute__((always_inline)) {
-    store(v + j, exp_nonpositive<kNarrow>((load(v + j) - broadcast<A>(shift)) - broadcast<A>(logsum)));
-  };
+  constexpr int64_t W = Simd<A>::kLanes, kGroup = kTogether * W;
+  const Vec<A> m = broadcast<A>(shift), l = broadcast<A>(logsum);
   int64_t j = 0;
-  for (; j + 2 * W <= size; j += 2 * W) {
-    prefetch.lines<true, 2 * W>(j);
-    softmax(j);
-    softmax(j + W);
+  for (; j + kGroup <= size; j += kGroup) {
+    prefetch.lines<true, kGroup>(j);
+    softmax_of<kNarrow, kTogether>(v + j, m, l);
   }
-  if (j < size) softmax(j);
+  for (; j < size; j += W) softmax_of<kNarrow, 1>(v + j, m, l);
 }
 
 template <typename A>

@@ -133,43 +133,87 @@ LTK_INLINE A lane_max(Vec<A> v) {
   return v[0];
 }
 
-// exp for x <= 0 and NaN, within 1 ulp; below -87.68 the result, less than the smallest normal number, is 0.
-// kNarrow: for what is rounded to 16 bits in the end, to 2e-7 + 3e-9 |x| of the result and a quarter faster.
-template <bool kNarrow = false>
-LTK_INLINE Vec<float> exp_nonpositive(Vec<float> x) {
-  using F = Vec<float>;
-  using Bits = Simd<float>::Bits;
-  const F clamped = larger(broadcast(-88.0f), x);  // in this order NaN stays NaN
-  // n = round(x / ln 2) ends up in the low mantissa bits of a sum with 1.5 * 2^23.
-  const F shifted = clamped * 1.44269504f + 12582912.0f;
-  const F n = shifted - 12582912.0f;
-  F r, p;
-  if constexpr (kNarrow && kFusedMultiplyAdd) {
-    r = clamped - n * 0.69314718f;
-  } else {
-    r = (clamped - n * 0.693359375f) - n * -2.12194440e-4f;  // ln 2 in two parts (Cody and Waite)
-  }
-  if constexpr (kNarrow) {
-    p = r * 8.3125010133e-3f + 4.1890330613e-2f;  // minimax on |r| <= ln 2 / 2, error 1.1e-7
-    p = p * r + 1.6667115688e-1f;
-    p = p * r + 4.9999231100e-1f;
-  } else {
-    p = r * 1.3814539416e-3f + 8.3687454462e-3f;  // minimax, error 3.6e-9
-    p = p * r + 4.1668388993e-2f;
-    p = p * r + 1.6666521132e-1f;
-    p = p * r + 4.9999994040e-1f;
-  }
-  p = p * r + 1.0f;
-  p = p * r + 1.0f;
-  // n = -127 gives the bits of 0: the clamped value, and all of -inf.
-  return p * reinterpret_cast<F>((reinterpret_cast<Bits>(shifted) + 127u) << 23);
+// step(0), step(1), ... without a loop.
+template <int kTimes, typename F>
+LTK_INLINE void unrolled(F step) {
+#pragma GCC unroll 8
+  for (int k = 0; k < kTimes; ++k) step(k);
 }
 
-template <bool kNarrow = false>
-LTK_INLINE Vec<double> exp_nonpositive(Vec<double> x) {
-  Vec<double> result;
-  for (int k = 0; k < Simd<double>::kLanes; ++k) result[k] = __builtin_exp(x[k]);
-  return result;
+struct ExpConstants {
+  using F = Vec<float>;
+  static constexpr F all(float x) { return F{} + x; }
+
+  F lowest = all(-88.0f), per_ln2 = all(1.44269504f), rounder = all(12582912.0f);          // 1 / ln 2; 1.5 * 2^23
+  F ln2 = all(0.69314718f), ln2_high = all(0.693359375f), ln2_low = all(-2.12194440e-4f);  // in two parts: Cody, Waite
+  F one = all(1.0f);
+  // Minimax polynomials for |x| <= ln 2 / 2, the highest power first, with errors of 3.6e-9 and 1.1e-7.
+  F precise[5] = {
+      all(1.3814539416e-3f), all(8.3687454462e-3f), all(4.1668388993e-2f), all(1.6666521132e-1f),
+      all(4.9999994040e-1f)};
+  F narrow[4] = {all(8.3125010133e-3f), all(4.1890330613e-2f), all(1.6667115688e-1f), all(4.9999231100e-1f)};
+
+  // Behind a pointer that the compiler does not see through, instructions take them from memory. It would build each
+  // anew for every row and, with more of them than registers, keep it on the stack.
+  static LTK_INLINE const ExpConstants& get() {
+    static constexpr ExpConstants constants;
+    const ExpConstants* pointer = &constants;
+    asm("" : "+r"(pointer));
+    return *pointer;
+  }
+};
+
+// x = exp(x) of several vectors, for x <= 0 and NaN, within 1 ulp; below -87.68 the result, less than the smallest
+// normal number, is 0. kNarrow: for what is rounded to 16 bits in the end, to 2e-7 + 3e-9 |x| of the result and a
+// quarter faster.
+//
+// Step by step for all of them: a step needs the one before, and the processor looks only so far ahead for work that
+// waits for nothing.
+template <bool kNarrow, int kVectors>
+LTK_INLINE void exp_nonpositive(Vec<float> (&x)[kVectors]) {
+  using F = Vec<float>;
+  using Bits = Simd<float>::Bits;
+  const auto each = [](auto step) __attribute__((always_inline)) { unrolled<kVectors>(step); };
+  const ExpConstants& c = ExpConstants::get();
+  F shifted[kVectors], n[kVectors], p[kVectors];
+  each([&](int k) { x[k] = larger(c.lowest, x[k]); });  // in this order NaN stays NaN
+  // n = round(x / ln 2) ends up in the low mantissa bits of a sum with 1.5 * 2^23.
+  each([&](int k) { shifted[k] = x[k] * c.per_ln2 + c.rounder; });
+  each([&](int k) { n[k] = shifted[k] - c.rounder; });
+  if constexpr (kNarrow && kFusedMultiplyAdd) {
+    each([&](int k) { x[k] = x[k] - n[k] * c.ln2; });
+  } else {
+    each([&](int k) { x[k] = x[k] - n[k] * c.ln2_high; });
+    each([&](int k) { x[k] = x[k] - n[k] * c.ln2_low; });
+  }
+  if constexpr (kNarrow) {
+    each([&](int k) { p[k] = x[k] * c.narrow[0] + c.narrow[1]; });
+    each([&](int k) { p[k] = p[k] * x[k] + c.narrow[2]; });
+    each([&](int k) { p[k] = p[k] * x[k] + c.narrow[3]; });
+  } else {
+    each([&](int k) { p[k] = x[k] * c.precise[0] + c.precise[1]; });
+    each([&](int k) { p[k] = p[k] * x[k] + c.precise[2]; });
+    each([&](int k) { p[k] = p[k] * x[k] + c.precise[3]; });
+    each([&](int k) { p[k] = p[k] * x[k] + c.precise[4]; });
+  }
+  each([&](int k) { p[k] = p[k] * x[k] + c.one; });
+  each([&](int k) { p[k] = p[k] * x[k] + c.one; });
+  // n = -127 gives the bits of 0: the clamped value, and all of -inf.
+  each([&](int k) { x[k] = p[k] * reinterpret_cast<F>((reinterpret_cast<Bits>(shifted[k]) + 127u) << 23); });
+}
+
+template <bool kNarrow, int kVectors>
+LTK_INLINE void exp_nonpositive(Vec<double> (&x)[kVectors]) {
+  for (Vec<double>& v : x) {
+    for (int k = 0; k < Simd<double>::kLanes; ++k) v[k] = __builtin_exp(v[k]);
+  }
+}
+
+template <typename V>
+LTK_INLINE V exp_nonpositive(V x) {
+  V only[] = {x};
+  exp_nonpositive</*kNarrow=*/false>(only);
+  return only[0];
 }
 
 // log for positive finite x, within 1 ulp (Cephes): x = 2^e m with m from sqrt(1/2) to sqrt(2), log m by a polynomial.
