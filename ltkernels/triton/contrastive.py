@@ -99,6 +99,10 @@ class Call:
             key_label = label if key_labels is None else key_labels.long().contiguous()
         self.allowed_stride = 0
         if allowed is not None:
+            if self.acc == torch.float64:
+                # Triton 3.6 compiles no float64 product of what was computed from bytes.
+                shared = allowed.dim() == 2 and allowed.stride(0) == 0
+                allowed = allowed[:1].int().expand_as(allowed) if shared else allowed.int()
             allowed = unit_stride(allowed)
             self.allowed_stride = allowed.stride(0) if allowed.dim() == 2 else 0
         self.p = Operands(
