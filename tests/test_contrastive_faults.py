@@ -92,8 +92,8 @@ FAULTS_OF_THE_SWEEPS: dict[str, tuple[str, str]] = {
     "both: forget the products so far": ("row_products[i] += lane_sum", "row_products[i] = lane_sum"),
     "skip the last key of what is added": ("for (int64_t j = j0; j < j1;", "for (int64_t j = j0; j < j1 - kAdd;"),
     "transpose forgets what is there": ("out[j * out_stride + i] += x", "out[j * out_stride + i] = x"),
-    "exp without its second constant": (" - n * -2.12194440e-4f;  // ln 2", ";  // ln 2"),
-    "exp of NaN is a number": ("larger(broadcast(-88.0f), x);", "larger(x, broadcast(-88.0f));"),
+    "exp without its second constant": ("x[k] - n[k] * c.ln2_low;", "x[k];"),
+    "exp of NaN is a number": ("larger(c.lowest, x[k]);", "larger(x[k], c.lowest);"),
 }
 FAULTS_OF_THE_OPERATORS: dict[str, tuple[str, str]] = {
     "the row itself is a key": ("if (exclude_self_ && i == j) {", "if (false) {"),

@@ -236,7 +236,8 @@ LTK_INLINE Vec<float> log_positive(Vec<float> x) {
   p = p * f + 3.3333331174e-1f;
   const F z = f * f;
   const F low = p * f * z + e * -2.12194440e-4f - z * 0.5f;  // ln 2 in two parts (Cody and Waite)
-  return (f + low) + e * 0.693359375f;
+  const F whole = e * 0.693359375f, sum = whole + f;  // what the sum loses is known exactly: whole is 0 or the larger
+  return sum + (low + (f - (sum - whole)));
 }
 
 LTK_INLINE Vec<double> log_positive(Vec<double> x) {
