@@ -102,7 +102,7 @@ def _chunk_rows(chunk_size) -> int:
 def _autocast(x: Tensor) -> Tensor:
     """What autocast makes of an argument of ``F.linear``: float64 stays as it is."""
     device = x.device.type
-    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+    if not (reference.autocast_available(device) and torch.is_autocast_enabled(device)):
         return x
     return x.to(torch.get_autocast_dtype(device)) if x.is_floating_point() and x.dtype != torch.float64 else x
 

@@ -105,9 +105,17 @@ def margin_softmax(
     return row_loss.sum() / normalizer, lse
 
 
+def autocast_available(device: str) -> bool:
+    """``torch.amp.is_autocast_available``, which Dynamo of torch 2.11 cannot trace."""
+    try:
+        torch.is_autocast_enabled(device)
+    except RuntimeError:
+        return False
+    return True
+
+
 def _without_autocast(device: str) -> contextlib.AbstractContextManager:
-    available = torch.amp.is_autocast_available(device)
-    return torch.autocast(device, enabled=False) if available else contextlib.nullcontext()
+    return torch.autocast(device, enabled=False) if autocast_available(device) else contextlib.nullcontext()
 
 
 def linear_logits(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, cosine: bool) -> Tensor:

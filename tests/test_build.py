@@ -74,7 +74,7 @@ def test_description() -> None:
     assert "DEFAULT" in DESCRIPTION["capabilities"]
 
 
-@pytest.mark.parametrize("version", ["2.11.0", "2.99.0+cu130"])
+@pytest.mark.parametrize("version", ["2.10.0", "2.99.0+cu130"])
 def test_other_torch_version(monkeypatch: pytest.MonkeyPatch, version: str) -> None:
     monkeypatch.setattr(torch, "__version__", version)
     with pytest.raises(ImportError, match="was built against torch .*, but this is torch .*. Rebuild") as caught:
