@@ -37,15 +37,15 @@ def interleave(
     """Seconds of one run of each step, once a round.
 
     The order is shuffled anew in each round, so that no step always finds the caches as the same neighbour left them.
-    A short step is run several times in a row and gives the mean: one call alone is close to the clock's overhead,
-    and it would be timed with the instruction cache of another variant. A longer one is run once more, untimed, before
-    each timed run: a training step follows its like, and finds the memory that the last one gave back. After another
-    variant it may be the system that has it, and on a virtual machine the host, from where it takes ten times the step
-    to come back, now and then. ``warm``: seconds of an earlier run; a step that took long then is spared both.
+    Before it is timed, a step is run once untimed: a training step follows its like, and finds code, data, threads and
+    memory as the last one left them. After another variant the threads may sleep and the memory be with the system or,
+    on a virtual machine, the host, from where it takes ten times the step to come back, now and then. A short step is
+    then run several times in a row and gives the mean: one call alone is close to the clock's overhead. ``warm``:
+    seconds of an earlier run; a step that took long then is spared what is untimed.
     """
     sample = _sample_cuda if device == "cuda" else _sample_cpu
     shortest = 5e-3 if device == "cuda" else 5e-4
-    order, repeats, settled = list(steps), {}, set()
+    order, repeats, long = list(steps), {}, {name for name, seconds in (warm or {}).items() if seconds > LONG}
     samples: dict[Any, list[float]] = {name: [] for name in order}
     shuffle = random.Random(0).shuffle
     collecting = gc.isenabled()
@@ -53,25 +53,19 @@ def interleave(
     gc.disable()
     try:
         for name in order:
-            repeats[name] = 1
-            if warm and warm.get(name, 0.0) > LONG:
-                continue
-            sample(steps[name], 1)  # warms up
-            repeats[name] = min(25, max(1, round(shortest / sample(steps[name], 1))))
-            if repeats[name] > 1:
-                sample(steps[name], repeats[name])
-            else:
-                settled.add(name)
+            if name not in long:
+                sample(steps[name], 1)  # warms up
+                repeats[name] = min(25, max(1, round(shortest / sample(steps[name], 1))))
         start, rounds = time.perf_counter(), 0
         while rounds < effort.min_rounds or (
             rounds < effort.max_rounds and time.perf_counter() - start < effort.seconds
         ):
             shuffle(order)
             for name in order:
-                if name in settled:
+                if name not in long:
                     sample(steps[name], 1)
                     steps[name].reset()
-                samples[name].append(sample(steps[name], repeats[name]))
+                samples[name].append(sample(steps[name], repeats.get(name, 1)))
                 steps[name].reset()
             rounds += 1
     finally:

@@ -295,13 +295,14 @@ def test_every_round_runs_every_step_in_an_order_of_its_own(monkeypatch):
     assert all(sorted(one) == list("abcd") for one in rounds) and len(set(rounds)) > 3
 
 
-@pytest.mark.parametrize(("seconds", "warm"), [(1e-5, None), (2.0, {"a": 2.0})])
-def test_short_and_long_steps_are_not_run_untimed(monkeypatch, seconds, warm):
-    """Of a short step each sample is many runs; a long one minds neither caches nor where its memory comes from."""
-    monkeypatch.setattr("benchmarks.interleave._sample_cpu", lambda step, repeats: step.run() or seconds)
-    log: list[str] = []
-    interleave({"a": Recorder("a", log)}, Effort(seconds=0, min_rounds=7), warm=warm)
-    assert len(log) == 7 + (0 if warm else 3)
+@pytest.mark.parametrize(("seconds", "warm", "untimed"), [(1e-5, None, True), (2.0, {"a": 2.0}, False)])
+def test_short_steps_are_run_untimed_too_and_long_ones_are_not(monkeypatch, seconds, warm, untimed):
+    """The first of a few runs in a row would be a cold one, and weigh the more the fewer they are."""
+    runs: list[int] = []
+    monkeypatch.setattr("benchmarks.interleave._sample_cpu", lambda step, repeats: runs.append(repeats) or seconds)
+    samples = interleave({"a": Recorder("a", [])}, Effort(seconds=0, min_rounds=7), warm=warm)
+    assert samples == {"a": [seconds] * 7}
+    assert runs == ([1, 1] + [1, 25] * 7 if untimed else [1] * 7)
 
 
 VARIANTS = [(family, name) for family in FAMILIES.values() for name in family.variants]
