@@ -300,10 +300,10 @@ def _slow_in_bfloat16() -> bool:
 
 
 def _effort(case: Case, effort: Effort, device: str) -> Effort:
-    """Fewer rounds where a pass in plain torch takes half a second on a CPU, or several."""
+    """By rounds, not by time, where a pass in plain torch takes half a second on a CPU, of which few fit, or several."""
     if device == "cuda" or case.rows <= FEW_ROWS:
         return effort
-    return replace(effort, min_rounds=min(effort.min_rounds, 3 if _operations(case) >= LONG else 5))
+    return replace(effort, min_rounds=min(effort.min_rounds, 3) if _operations(case) >= LONG else 11)
 
 
 FAMILY = Family(

@@ -196,10 +196,10 @@ def _leave_out(case: Case, variant: Variant, device: str, quick: bool) -> bool:
 
 
 def _effort(case: Case, effort: Effort, device: str) -> Effort:
-    """Fewer rounds than for losses alone: a pass takes half a second on a CPU, or ten."""
+    """By rounds, not by time: a pass takes half a second on a CPU, of which few fit, or ten."""
     if device == "cuda":
         return effort
-    return replace(effort, min_rounds=min(effort.min_rounds, 3 if _operations(case) >= LONG else 5))
+    return replace(effort, min_rounds=min(effort.min_rounds, 3) if _operations(case) >= LONG else 11)
 
 
 FAMILY = Family(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,9 +37,9 @@ class Results:
         return self.cases.get((shape, dtype, upstream), {}).get("variants", {}).get(name)
 
     def ratio(self, shape: str, dtype: str, upstream: str, slow: str, fast: str) -> float | None:
-        """How many times faster ``fast`` is, by medians."""
-        a, b = (self.variant(shape, dtype, upstream, name) for name in (slow, fast))
-        return a["median_s"] / b["median_s"] if a and b else None
+        """How many times faster ``fast`` is: the median over rounds."""
+        variant = self.variant(shape, dtype, upstream, fast)
+        return variant["faster_than"].get(slow) if variant else None
 
     def shapes(self) -> list[str]:
         return list(dict.fromkeys(shape for shape, _, _ in self.cases))
@@ -90,19 +91,43 @@ def _trimmed(content: dict) -> dict[str, Results]:
 
 def _trim(raw: dict) -> dict[str, Results]:
     results: dict[str, Results] = {}
+    samples: dict[str, dict[tuple[str, str, str], dict[str, list[float]]]] = {}
     for benchmark in raw["benchmarks"]:
         info, stats = benchmark["extra_info"], benchmark["stats"]
         if "variant" not in info:
             continue
         family = info.get("family", "margin")
+        key = info["shape"], info["dtype"], info["upstream"]
+        samples.setdefault(family, {}).setdefault(key, {})[info["variant"]] = stats["data"]
         case = results.setdefault(family, Results(raw["machine_info"], family=family)).cases.setdefault(
-            (info["shape"], info["dtype"], info["upstream"]),
+            key,
             {name: _rounded(info[name]) for name in _SHARED if name in info} | {"variants": {}},
         )
         case["variants"][info["variant"]] = {new: _rounded(stats[old]) for old, new in _STATS.items()} | {
             name: _rounded(info[name]) for name in _OWN if info.get(name) is not None
         }
+    for family, one in results.items():
+        _compare(one, samples[family])
     return results
+
+
+def _compare(results: Results, samples: dict[tuple[str, str, str], dict[str, list[float]]]) -> None:
+    """Adds what is left of the samples: ratios within a round, whose median no change of the machine's speed moves.
+
+    On a machine with two speeds, shared as most are, the medians of two variants may fall on different ones.
+    """
+    for (shape, dtype, upstream), case in results.cases.items():
+        own = samples[shape, dtype, upstream]
+        single = samples.get((shape, "float32", upstream), {}) if dtype != "float32" else {}
+        for name, variant in case["variants"].items():
+            others = {other: own[other] for other in own if other != name}
+            variant["faster_than"] = {other: _median_ratio(slow, own[name]) for other, slow in others.items()}
+            if name in single:
+                variant["faster_than_float32"] = _median_ratio(single[name], own[name])
+
+
+def _median_ratio(slow: list[float], fast: list[float]) -> float:
+    return float(f"{statistics.median(a / b for a, b in zip(slow, fast, strict=True)):.6g}")
 
 
 def _rounded(value: Any) -> Any:

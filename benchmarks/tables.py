@@ -71,7 +71,8 @@ def head(results: Results, title: str, what: str) -> str:
     return (
         f"# {title} on {where}\n\n"
         f"{m['date']}, {', '.join(versions)}, {m['threads']} CPU threads, {m['system']}.{pages}{smoke}\n\n"
-        f"Forward and backward, medians of at least {rounds} rounds. All variants of a shape and "
+        f"Forward and backward, at least {rounds} rounds: medians of the times, and medians of the ratios within a "
+        "round, so that what the machine does meanwhile hits both sides of a ratio alike. All variants of a shape and "
         "upstream gradient, in both dtypes, are timed in one loop, in a new random order each round, after each has "
         f"been checked against the definition in float64.{before} "
         f"`~` marks an interquartile range above {NOISY:.0%} of the median. {what}"

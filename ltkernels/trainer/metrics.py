@@ -59,6 +59,13 @@ def shot_group(count: int) -> str:
     return "few" if count < FEW_BELOW else "medium"
 
 
+def thirds(class_counts: Sequence[int]) -> tuple[list[int], list[int], list[int]]:
+    """The classes with most training images, those in the middle and those with fewest: 3, 3 and 4 of 10 classes."""
+    order = sorted(range(len(class_counts)), key=lambda label: -class_counts[label])
+    third = len(order) // 3
+    return order[:third], order[third : 2 * third], order[2 * third :]
+
+
 def harmonic_mean(values: Sequence[float]) -> float:
     """Harmonic mean of values >= 0; 0 if one of them is 0, its limit."""
     if min(values) == 0:

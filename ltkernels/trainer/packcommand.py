@@ -12,7 +12,6 @@ from rich.console import Console
 from ltkernels.trainer import TrainerError
 from ltkernels.trainer.data.datasets import LongTail, load_dataset
 from ltkernels.trainer.data.pack import pack_file, write_pack
-from ltkernels.trainer.image_recipes import Tier
 from ltkernels.trainer.tables import table_named
 
 PACKED_TABLES = ("supervised-cifar100", "supervised-cifar10", "elm-cifar100")
@@ -26,8 +25,6 @@ class PackOptions:
     """Tables."""
     out: Path = Path("packs")
     """Folder for the packs; one of the same data set is replaced."""
-    tier: Tier = "full"
-    """Runs of which tier; tables so far need the same images in all of them."""
     data_root: Path | None = None
     """Folder with the data sets; default: the one that LTKERNELS_DATA names, else data."""
 
@@ -42,7 +39,7 @@ def run_pack(options: PackOptions, console: Console) -> int:
     Raises:
         TrainerError: an unknown table, a data set that is missing, or a pack that would be too large.
     """
-    for dataset, tails in needed(options.names, options.tier).items():
+    for dataset, tails in needed(options.names).items():
         file = pack_file(options.out, dataset)
         index = write_pack(file, load_dataset(dataset, options.data_root), tails)
         size = file.stat().st_size
@@ -56,15 +53,15 @@ def run_pack(options: PackOptions, console: Console) -> int:
     return 0
 
 
-def needed(names: tuple[str, ...], tier: Tier) -> dict[str, list[LongTail]]:
-    """The long-tailed versions that tables need, by data set.
+def needed(names: tuple[str, ...]) -> dict[str, list[LongTail]]:
+    """The long-tailed versions that tables need, by data set: in every tier the same.
 
     Raises:
         TrainerError: an unknown table.
     """
     found: dict[str, list[LongTail]] = {}
     for name in names:
-        for planned in table_named(name).runs(tier):
+        for planned in table_named(name).runs("full"):
             tails = found.setdefault(planned.recipe.dataset, [])
             if planned.recipe.long_tail not in tails:
                 tails.append(planned.recipe.long_tail)

@@ -6,7 +6,6 @@ import importlib.metadata
 import json
 import os
 import platform
-import tempfile
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 import torch
 
 from ltkernels.trainer import TrainerError
+from ltkernels.trainer.checkpoint import write_atomically
 
 RUNS = Path("runs")
 _PACKAGES = ("ltkernels", "torch", "lightning-fabric", "torchmetrics", "scikit-learn", "numpy")
@@ -50,17 +50,13 @@ class RunFolder:
             raise TrainerError(f"cannot make the run folder {path}: {error.strerror}") from error
 
     def write(self, name: str, content: str | bytes) -> None:
-        """Write a file of the folder; a reader sees the old content or the new, never a part."""
+        """Write a file of the folder; a reader sees the old content or the new, never a part.
+
+        Raises:
+            TrainerError: it cannot be written; the file is as it was.
+        """
         data = content.encode() if isinstance(content, str) else content
-        handle, temporary = tempfile.mkstemp(dir=self.path, prefix=f".{name}.")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(data)
-            os.chmod(temporary, 0o644)  # mkstemp's files are readable by their owner only
-            os.replace(temporary, self.path / name)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
+        write_atomically(self.path / name, lambda file: file.write(data))
 
     def write_json(self, name: str, content: dict[str, Any]) -> None:
         self.write(name, json.dumps(content, indent=2) + "\n")

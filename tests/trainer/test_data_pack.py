@@ -210,7 +210,7 @@ def test_compressed_members_are_refused(colour, tmp_path):
 
 def test_the_command_packs_what_tables_need(tmp_path, capsys):
     write_cifar10(tmp_path / "full", (40,) * 10)
-    tails = needed(PACKED_TABLES, "full")
+    tails = needed(PACKED_TABLES)
     assert {name: [tail.subset_seed for tail in found] for name, found in tails.items()} == {
         "cifar100": [0, 1],
         "cifar10": [0],

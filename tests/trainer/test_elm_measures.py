@@ -92,6 +92,7 @@ def test_group_means():
     found = measure(*train_and_test())
     groups = found.group_means()
     members = {"all": range(7), "many": (0, 1), "medium": (2, 3), "few": (4, 5, 6)}
+    members["smallest third"] = (4, 5, 6)
     for group, labels in members.items():
         assert set(groups[group]) == set(ElmMeasures.names())
         for name, value in groups[group].items():
@@ -103,6 +104,13 @@ def test_a_group_without_classes_has_no_mean():
     groups = measure(train, test).group_means()
     assert groups["many"]["spread"] is None and groups["few"]["loss_gap"] is None
     assert groups["medium"] == groups["all"]
+
+
+def test_smallest_third_goes_by_the_counts_not_by_the_labels():
+    counts = (3, 70, 5, 60, 4, 50, 80, 6, 90, 40)
+    found = measure(outputs(counts, 0), outputs((3,) * 10, 1))
+    third = found.group_means()["smallest third"]
+    assert third["spread"] == pytest.approx(sum(found.spread[c].item() for c in (0, 2, 4, 7)) / 4)
 
 
 def test_lengths_change_raw_spread_only():

@@ -85,10 +85,19 @@ def test_measures_of_elm_are_group_means(tmp_path, quick):
     assert "reconstruction" in page and "No reported numbers exist" in page
 
 
-def test_no_few_shot_classes(tmp_path, quick):
-    stored.elm_table(tmp_path / "results", "elm-cifar10")
-    verdicts = [row["verdict"] for row in rows(report(tmp_path)[1], "claim")]
-    assert verdicts[0].startswith("**not decided** (no few-shot classes") and verdicts[1] == "**supported**"
+def test_without_few_shot_classes_the_smallest_third_stands_for_them(tmp_path, quick):
+    results = stored.elm_table(tmp_path / "results", "elm-cifar10")
+    for run in results.values():  # worse for the large classes, a quarter better for the four smallest
+        pair, is_elm = 3 * run["subset_seed"] + run["seed"], run["arm"].startswith("ELM")
+        assert len(run["counts"]) == 10 and sorted(run["counts"], reverse=True) == run["counts"]
+        run["elm"]["relative_spread"] = [9.0 if is_elm else 1.0] * 6 + [(1 + 0.1 * pair) * (0.75 if is_elm else 1)] * 4
+    stored.save(tmp_path / "results", "elm-cifar10", "short", results)
+    page = report(tmp_path)[1]
+    decision = rows(page, "claim")[0]
+    assert decision["verdict"] == "**supported**" and decision["result"] == "mean ratio 0.750"
+    assert decision["primary metric"].startswith("relative spread of the smallest third of the classes")
+    measured = page.split("### Measures")[1]
+    assert [row["classes"] for row in rows(measured)[:4]] == ["all", "many", "medium", "smallest third"]
 
 
 @pytest.mark.parametrize("best", [0.03, 0.3])

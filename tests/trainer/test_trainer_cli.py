@@ -113,7 +113,7 @@ def test_a_file_has_the_old_content_or_the_new(tmp_path, monkeypatch):
         assert Path(source).read_text() == "new" and Path(target).read_text() == "old"
         raise OSError("disk full")
 
-    with monkeypatch.context() as patch, pytest.raises(OSError, match="disk full"):
+    with monkeypatch.context() as patch, pytest.raises(TrainerError, match="a.txt: disk full"):
         patch.setattr(os, "replace", failing)
         folder.write("a.txt", "new")
     assert (folder.path / "a.txt").read_text() == "old"

@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ltkernels.trainer import TrainerError
-from ltkernels.trainer.metrics import Outputs, shot_group
+from ltkernels.trainer.metrics import Outputs, shot_group, thirds
 
-GROUPS = ("all", "many", "medium", "few")
+SMALLEST_THIRD = "smallest third"
+GROUPS = ("all", "many", "medium", "few", SMALLEST_THIRD)
 COINCIDE = 1e-24  # squared distance of two means: the rounding of float64, for embeddings of length 1
 
 
@@ -44,11 +45,12 @@ class ElmMeasures:
         return tuple(field.name for field in dataclasses.fields(cls) if field.name != "class_counts")
 
     def group_means(self) -> dict[str, dict[str, float | None]]:
-        """Mean over the classes of ``"all"``, ``"many"``, ``"medium"`` and ``"few"``; None for a group without any."""
-        group_of = [shot_group(count) for count in self.class_counts.tolist()]
+        """Mean over the classes of each of ``GROUPS``; None for a group without any."""
+        counts = self.class_counts.tolist()
+        members_of = {"all": list(range(len(counts))), SMALLEST_THIRD: thirds(counts)[2]}
         means = {}
         for group in GROUPS:
-            members = [label for label, name in enumerate(group_of) if group in ("all", name)]
+            members = members_of.get(group) or [k for k, count in enumerate(counts) if shot_group(count) == group]
             means[group] = {
                 name: getattr(self, name)[members].mean().item() if members else None for name in self.names()
             }

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import mean
 from typing import Literal, TypeAlias
 
-from ltkernels.trainer.metrics import PairedDifference
+from ltkernels.trainer.metrics import FEW_BELOW, PairedDifference
+from ltkernels.trainer.papers.elm_measures import SMALLEST_THIRD
 from ltkernels.trainer.report import EMPTY
 from ltkernels.trainer.reproduction.page import FEWEST_PAIRS
 from ltkernels.trainer.reproduction.runs import Line, StoredRun
@@ -14,7 +16,7 @@ from ltkernels.trainer.reproduction.runs import Line, StoredRun
 Verdict: TypeAlias = Literal["supported", "not worse", "inconclusive", "refuted", "not decided"]
 
 LARGEST_RATIO = 0.9
-"""Of the few-shot relative spreads: a claim of tighter embeddings asks for a tenth less."""
+"""Of the tail's relative spreads: a claim of tighter embeddings asks for a tenth less."""
 
 
 @dataclass(frozen=True)
@@ -50,13 +52,20 @@ def group_mean(run: StoredRun, group: str, measure: str) -> float | None:
     return None if run.group_means is None else run.group_means[group][measure]
 
 
+def tail_group(counts: Sequence[int]) -> str:
+    """The few-shot classes; where a data set has none, the smallest third of the classes stands for them."""
+    return "few" if min(counts) < FEW_BELOW else SMALLEST_THIRD
+
+
 def _tighter(elm: Line, logit_only: Line) -> Decision:
     claim = f"Tail embeddings are tighter: a spread of at most {LARGEST_RATIO:g} times that of logit margins only"
-    metric = "relative spread of the few-shot classes, test images"
-    difference, pairs = elm.against(logit_only, lambda _, run: group_mean(run, "few", "relative_spread"))
+    tail = tail_group(elm.runs[0]["counts"])
+    classes = "few-shot classes" if tail == "few" else f"{tail} of the classes, as none is few-shot"
+    metric = f"relative spread of the {classes}, test images"
+    difference, pairs = elm.against(logit_only, lambda _, run: group_mean(run, tail, "relative_spread"))
     ratio = mean_ratio(elm, logit_only)
     result = EMPTY if ratio is None else f"mean ratio {ratio:.3f}"
-    undecided = _undecided(difference, pairs, has_group=ratio is not None)
+    undecided = _undecided(difference, pairs)
     if undecided or difference is None or ratio is None:
         return Decision(claim, metric, result, difference, pairs, "not decided", undecided)
     verdict: Verdict = "inconclusive"
@@ -68,9 +77,10 @@ def _tighter(elm: Line, logit_only: Line) -> Decision:
 
 
 def mean_ratio(elm: Line, logit_only: Line) -> float | None:
-    """Mean over the pairs of runs of the ratio of few-shot relative spreads; None without pairs or such classes."""
-    theirs = {run.pair: group_mean(run, "few", "relative_spread") for run in logit_only.runs}
-    ours = {run.pair: group_mean(run, "few", "relative_spread") for run in elm.runs}
+    """Mean over the pairs of runs of the ratio of the tail's relative spreads; None without pairs with measures."""
+    tail = tail_group(elm.runs[0]["counts"])
+    theirs = {run.pair: group_mean(run, tail, "relative_spread") for run in logit_only.runs}
+    ours = {run.pair: group_mean(run, tail, "relative_spread") for run in elm.runs}
     pairs = sorted(pair for pair in ours.keys() & theirs.keys() if None not in (ours[pair], theirs[pair]))
     return mean(ours[pair] / theirs[pair] for pair in pairs) if pairs else None
 
@@ -104,9 +114,7 @@ def _mean(difference: PairedDifference | None, digits: int) -> str:
     return EMPTY if difference is None else f"mean difference {difference.mean:+.{digits}f}"
 
 
-def _undecided(difference: PairedDifference | None, pairs: int, has_group: bool = True) -> str:
-    if pairs == 0 and not has_group:
-        return "no few-shot classes, or no pairs with measures"
+def _undecided(difference: PairedDifference | None, pairs: int) -> str:
     if difference is None or pairs < FEWEST_PAIRS:
         return f"too few pairs: {pairs} of {FEWEST_PAIRS}"
     return ""

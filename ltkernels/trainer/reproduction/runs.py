@@ -195,7 +195,8 @@ class Section:
     def title(self) -> str:
         tier = re.sub(r"^(full|short)\b", r"\1 tier", self.tier)
         topic = f", {about}" if (about := TABLES[self.table].topic) else ""
-        return f"{self.data_title}{topic}, {tier} ({self.recipe['model']}, {self.recipe['precision']})"
+        width = "" if self.recipe["width"] == 1 else f" of width {self.recipe['width']:g}"
+        return f"{self.data_title}{topic}, {tier} ({self.recipe['model']}{width}, {self.recipe['precision']})"
 
     @property
     def slug(self) -> str:

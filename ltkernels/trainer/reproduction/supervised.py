@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ltkernels.trainer.image_recipes import TIERS
-from ltkernels.trainer.metrics import CALIBRATION_BINS, FEW_BELOW, MANY_ABOVE, shot_group
+from ltkernels.trainer.metrics import CALIBRATION_BINS, FEW_BELOW, MANY_ABOVE, shot_group, thirds
 from ltkernels.trainer.posthoc import POST_HOC
 from ltkernels.trainer.report import EMPTY, markdown_table
 from ltkernels.trainer.reproduction import plots, published
@@ -197,12 +197,9 @@ def _table(section: Section) -> str:
 
 
 def thirds_cells(line: Line, counts: list[int]) -> list[str]:
-    """Accuracy of the classes with most images, of the middle and of those with fewest: 3, 3 and 4 of 10 classes."""
-    order = np.argsort(-np.asarray(counts), kind="stable")
-    third = len(counts) // 3
-    accuracies = np.array([line.scores(run)["per_class"] for run in line.runs])[:, order]
-    parts = (accuracies[:, :third], accuracies[:, third : 2 * third], accuracies[:, 2 * third :])
-    return [cell(part.mean(axis=1).tolist(), 1) for part in parts]
+    """Accuracy of the classes of each third."""
+    accuracies = np.array([line.scores(run)["per_class"] for run in line.runs])
+    return [cell(accuracies[:, classes].mean(axis=1).tolist(), 1) for classes in thirds(counts)]
 
 
 def _same_counts(section: Section) -> bool:
