@@ -300,7 +300,7 @@ def _slow_in_bfloat16() -> bool:
 
 
 def _effort(case: Case, effort: Effort, device: str) -> Effort:
-    """By rounds, not by time, where a pass in plain torch takes half a second on a CPU, of which few fit, or several."""
+    """By rounds, not by time, where a pass in plain torch takes half a second on a CPU, or several."""
     if device == "cuda" or case.rows <= FEW_ROWS:
         return effort
     return replace(effort, min_rounds=min(effort.min_rounds, 3) if _operations(case) >= LONG else 11)

@@ -100,6 +100,13 @@ def test_without_few_shot_classes_the_smallest_third_stands_for_them(tmp_path, q
     assert [row["classes"] for row in rows(measured)[:4]] == ["all", "many", "medium", "smallest third"]
 
 
+def test_a_network_of_another_width_is_named(tmp_path, quick):
+    stored.elm_table(tmp_path / "results", "elm-fashion")
+    page = report(tmp_path)[1]
+    title = "Fashion-MNIST-LT, imbalance factor 100, short tier, 2 views (small-cnn of width 0.25, 32-true)"
+    assert title in parts(page) and "epochs; small-cnn of width 0.25, 32-true; SGD" in page
+
+
 @pytest.mark.parametrize("best", [0.03, 0.3])
 def test_chosen_settings(tmp_path, quick, best):
     stored.elm_table(tmp_path / "results", seeds=(0,))

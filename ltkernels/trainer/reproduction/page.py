@@ -100,7 +100,7 @@ def protocol(section: Section) -> list[str]:
         f"- Data: {sum(counts):,} training images, {counts[0]:,} of the largest class, {counts[-1]:,} of the smallest; "
         f"evaluated on the {test_set} (sha256 of its images {_fingerprints(section, 'test_fingerprint')}).",
         *(f"- Subset {seed}: sha256 of its training images {found}." for seed, found in _subsets(section)),
-        f"- {steps:,} steps of {batch} images{views} = {epochs_of(section):.1f} epochs; {recipe['model']}, "
+        f"- {steps:,} steps of {batch} images{views} = {epochs_of(section):.1f} epochs; {section.network}, "
         f"{recipe['precision']}; SGD with lr {recipe['lr']:g}, momentum {recipe['momentum']:g}, weight decay "
         f"{recipe['weight_decay']:g}; warm-up over {recipe['warmup']:.1%} of the steps, then {schedule}."
         + (" Lines of a table that differ in these settings say so." if _settings_differ(section) else ""),

@@ -195,8 +195,13 @@ class Section:
     def title(self) -> str:
         tier = re.sub(r"^(full|short)\b", r"\1 tier", self.tier)
         topic = f", {about}" if (about := TABLES[self.table].topic) else ""
-        width = "" if self.recipe["width"] == 1 else f" of width {self.recipe['width']:g}"
-        return f"{self.data_title}{topic}, {tier} ({self.recipe['model']}{width}, {self.recipe['precision']})"
+        return f"{self.data_title}{topic}, {tier} ({self.network}, {self.recipe['precision']})"
+
+    @property
+    def network(self) -> str:
+        """Its name, with the width where that is not its own."""
+        width = self.recipe["width"]
+        return self.recipe["model"] + ("" if width == 1 else f" of width {width:g}")
 
     @property
     def slug(self) -> str:
