@@ -93,6 +93,11 @@ def test_without_few_shot_classes_the_smallest_third_stands_for_them(tmp_path, q
         run["elm"]["relative_spread"] = [9.0 if is_elm else 1.0] * 6 + [(1 + 0.1 * pair) * (0.75 if is_elm else 1)] * 4
     stored.save(tmp_path / "results", "elm-cifar10", "short", results)
     page = report(tmp_path)[1]
+    elm_runs = [run for run in results.values() if run["arm"].startswith("ELM")]
+    smallest = np.mean([run["last"]["per_class"][6:] for run in elm_runs], axis=1)
+    accuracies = {row["method"]: row for row in rows(page)}
+    assert accuracies["ELM (A)"]["smallest third"] == f"{smallest.mean():.1f} ±{smallest.std(ddof=1):.1f}"
+    assert "few" not in accuracies["ELM (A)"]
     decision = rows(page, "claim")[0]
     assert decision["verdict"] == "**supported**" and decision["result"] == "mean ratio 0.750"
     assert decision["primary metric"].startswith("relative spread of the smallest third of the classes")

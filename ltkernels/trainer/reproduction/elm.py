@@ -29,6 +29,7 @@ from ltkernels.trainer.reproduction.page import (
     interval,
     numbers,
     protocol,
+    thirds_cells,
 )
 from ltkernels.trainer.reproduction.runs import Line, Pair, Section, StoredRun, slugs
 from ltkernels.trainer.runlog import FEATURES_FILE, PREDICTIONS_FILE
@@ -199,13 +200,17 @@ def _weight_used(section: Section, tuned: Sequence[Section]) -> list[str]:
 
 
 def _accuracies(section: Section) -> str:
-    headings = ["method", "balanced accuracy", "best epoch", "many", "medium", "few", "ECE", "seeds", "subset seeds"]
+    few = tail_group(section.counts) == "few"
+    headings = ["method", "balanced accuracy", "best epoch", "many", "medium", "few" if few else "smallest third"]
+    headings += ["ECE", "seeds", "subset seeds"]
     rows = [
         [
             line.title,
             cell(line.values("overall")),
             cell(line.values("overall", "best")),
-            *(cell(line.values(group), 1) for group in ("many", "medium", "few", "ece")),
+            *(cell(line.values(group), 1) for group in ("many", "medium")),
+            cell(line.values("few"), 1) if few else thirds_cells(line, section.counts)[2],
+            cell(line.values("ece"), 1),
             numbers(line.seeds),
             numbers(line.subset_seeds),
         ]

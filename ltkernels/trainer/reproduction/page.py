@@ -8,9 +8,9 @@ from pathlib import Path
 from statistics import mean, median, stdev
 
 from ltkernels.trainer import TrainerError
-from ltkernels.trainer.metrics import PairedDifference
+from ltkernels.trainer.metrics import PairedDifference, thirds
 from ltkernels.trainer.report import EMPTY, markdown_table
-from ltkernels.trainer.reproduction.runs import Section, StoredRun
+from ltkernels.trainer.reproduction.runs import Line, Section, StoredRun
 
 FEWEST_PAIRS = 6
 SHORT_HASH = 12
@@ -23,6 +23,12 @@ def cell(values: Sequence[float | None], digits: int = 2) -> str:
         return EMPTY
     spread = f" ±{stdev(present):.{digits}f}" if len(present) > 1 else ""
     return f"{mean(present):.{digits}f}{spread}"
+
+
+def thirds_cells(line: Line, counts: Sequence[int]) -> list[str]:
+    """Accuracy of the classes with most training images, of those in the middle and of those with fewest."""
+    accuracies = [line.scores(run)["per_class"] for run in line.runs]
+    return [cell([mean(of_run[k] for k in classes) for of_run in accuracies], 1) for classes in thirds(counts)]
 
 
 def numbers(values: Iterable[int]) -> str:
@@ -124,7 +130,7 @@ def _method_settings(section: Section) -> list[str]:
             mixing = recipe["mixing"]
             settings += [f"{mixing['kind']} with alpha {mixing['alpha']}"] if mixing["kind"] != "none" else []
             found[line.title] = ", ".join(settings)
-    return [f"{title} {settings}" if settings else f"{title} none" for title, settings in found.items()]
+    return [f"{title}: {settings or 'none'}" for title, settings in found.items()]
 
 
 def _fingerprints(section: Section, name: str) -> str:

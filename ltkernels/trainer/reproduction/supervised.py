@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ltkernels.trainer.image_recipes import TIERS
-from ltkernels.trainer.metrics import CALIBRATION_BINS, FEW_BELOW, MANY_ABOVE, shot_group, thirds
+from ltkernels.trainer.metrics import CALIBRATION_BINS, FEW_BELOW, MANY_ABOVE, shot_group
 from ltkernels.trainer.posthoc import POST_HOC
 from ltkernels.trainer.report import EMPTY, markdown_table
 from ltkernels.trainer.reproduction import plots, published
@@ -28,6 +28,7 @@ from ltkernels.trainer.reproduction.page import (
     listed,
     numbers,
     protocol,
+    thirds_cells,
 )
 from ltkernels.trainer.reproduction.runs import DATASET_TITLES, Line, Section, StoredRun, slugs
 from ltkernels.trainer.tables import TABLES
@@ -194,12 +195,6 @@ def _table(section: Section) -> str:
             goal(section, line),
         ])  # fmt: skip
     return markdown_table(headings, rows)
-
-
-def thirds_cells(line: Line, counts: list[int]) -> list[str]:
-    """Accuracy of the classes of each third."""
-    accuracies = np.array([line.scores(run)["per_class"] for run in line.runs])
-    return [cell(accuracies[:, classes].mean(axis=1).tolist(), 1) for classes in thirds(counts)]
 
 
 def _same_counts(section: Section) -> bool:
