@@ -242,7 +242,7 @@ def raw(path: Path, seconds: dict[str, float], images: str = "cifar100-lt", **ma
                 "loss_error": 1e-8,
                 "gradient_error": 2e-3,
             },
-            "stats": {"median": value, "min": value, "iqr": 0.1 * value, "rounds": 7},
+            "stats": {"median": value, "min": value, "iqr": 0.1 * value, "rounds": 7, "data": [value] * 7},
         }
         for name, value in seconds.items()
     ]
