@@ -47,7 +47,7 @@ class Results:
     def save(self, path: Path) -> None:
         """One case a line: small, and a diff of two runs can be read."""
         head = {"machine": self.machine, "family": self.family} | ({"tests": self.tests} if self.tests else {})
-        lines = ",\n".join(json.dumps(case) for case in self.cases.values())
+        lines = ",\n".join(json.dumps(case, separators=(",", ":")) for case in self.cases.values())
         path.write_text(json.dumps(head)[:-1] + ', "cases": [\n' + lines + "\n]}\n")
 
 
