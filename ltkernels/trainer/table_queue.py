@@ -66,6 +66,8 @@ class TableOptions:
     """Only runs of these recipes; default: all."""
     seeds: tuple[int, ...] = ()
     """Only runs with these seeds; default: all."""
+    missing: bool = False
+    """Only runs that the stored results lack: on another machine, those that nobody has trained yet."""
     data_root: Path | None = None
     """Folder with the data sets or packs of them; default: the one that LTKERNELS_DATA names, else data."""
     accelerator: Literal["auto", "cpu", "cuda", "mps"] = "auto"
@@ -99,8 +101,9 @@ def run_table(options: TableOptions, console: Console) -> int:
     """
     table, planned = table_named(options.name), chosen_runs(options)
     file = options.results or results.results_file(options.name, options.tier)
-    if file.exists():
-        results.load(file)  # a damaged file is told now and not after the work
+    before = results.load(file)["runs"] if file.exists() else {}  # a damaged file is told now, not after the work
+    if options.missing:
+        planned = [run for run in planned if not is_stored(run, before)]
 
     def say(line: str) -> None:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
@@ -109,7 +112,8 @@ def run_table(options: TableOptions, console: Console) -> int:
         entry = results.entry(options.name, run, options.runs / run.name)
         results.store(file, {"table": options.name, "tier": options.tier, "runs": {run.recipe.hash: entry}})
 
-    say(f"{table.title}, tier {options.tier}: {len(planned)} runs in {options.runs}")
+    which = "runs that are not stored yet" if options.missing else "runs"
+    say(f"{table.title}, tier {options.tier}: {len(planned)} {which}, in {options.runs}")
     queue = Queue(planned, options, say, on_finished)
     with stop_signals() as received:
         queue.work(received)
@@ -143,6 +147,12 @@ def chosen_runs(options: TableOptions) -> list[PlannedRun]:
                 raise TrainerError(f"{name}: {options.name} has no {value}, but {', '.join(map(str, known))}")
     arms, seeds = options.arms or known_arms, options.seeds or known_seeds
     return [run for run in planned if run.arm.recipe in arms and run.recipe.seed in seeds]
+
+
+def is_stored(planned: PlannedRun, stored: results.Results) -> bool:
+    """Whether a run is among the stored ones, with the post-hoc methods that its table asks for."""
+    entry = stored.get(planned.recipe.hash)
+    return entry is not None and (not planned.arm.post_hoc or entry["post_hoc"].keys() >= set(POST_HOC))
 
 
 @dataclass

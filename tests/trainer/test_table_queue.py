@@ -115,6 +115,25 @@ def test_missing_post_hoc_methods_alone_are_made_up_for(capsys):
     assert f"{NAMES[0]}, seed 0: finished before, posthoc" in capsys.readouterr().out
 
 
+def test_only_runs_that_are_not_stored(capsys):
+    assert table("--seeds", "0") == 0
+    file = Path("docs/reproduction/results/tiny-short.json")
+    held = results.load(file)
+    assert len(held["runs"]) == 2
+    # Another machine: the results are there, the folders of the runs are not.
+    assert table("--missing", "--runs", "elsewhere") == 0
+    assert "2 runs that are not stored yet, in elsewhere" in capsys.readouterr().out
+    names = {line.split()[1] for line in Path("elsewhere/calls").read_text().splitlines()}
+    assert names == set(NAMES[2:]) and len(stored()) == 4
+    assert table("--missing", "--runs", "a_third") == 0 and not Path("a_third").exists()
+    # A run without one of its post-hoc methods lacks something, one that needs none does not.
+    for run in held["runs"].values():
+        run["post_hoc"].pop("lws", None)
+    results.save(file, held)
+    assert table("--missing", "--seeds", "0", "--runs", "a_third") == 0
+    assert {line.split()[1] for line in Path("a_third/calls").read_text().splitlines()} == {NAMES[0]}
+
+
 def test_the_time_limit_stops_runs_and_the_next_call_goes_on(capsys):
     behave(NAMES[0], "slow")
     behave(NAMES[1], "slow")
