@@ -14,6 +14,7 @@ from benchmarks.interleave import Effort
 for package in ("lightning_fabric", "tyro", "rich", "PIL"):
     pytest.importorskip(package, reason=f"the trainer needs {package}: pip install ltkernels[trainer]")
 
+from benchmarks.report_trainer import BY_ROW  # noqa: E402
 from benchmarks.suite import Measured  # noqa: E402
 from benchmarks.trainer import METHOD, ROWS, Size, Task, make_task, measure  # noqa: E402
 
@@ -48,7 +49,7 @@ def test_step(row, request, record):
     info = {
         "family": "trainer",
         "shape": task.shape,
-        "dtype": ROWS[row].dtype,
+        "dtype": BY_ROW,
         "upstream": METHOD,
         "variant": row,
         "device": device,

@@ -236,7 +236,7 @@ def raw(path: Path, seconds: dict[str, float], images: str = "cifar100-lt", **ma
             "extra_info": {
                 "family": "trainer",
                 "shape": f"{images}-128-85",
-                "dtype": ROWS[name].dtype,
+                "dtype": report_trainer.BY_ROW,
                 "upstream": "ldam-drw",
                 "variant": name,
                 "loss_error": 1e-8,
