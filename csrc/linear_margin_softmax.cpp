@@ -134,7 +134,7 @@ class Chunks {
     if (reduction == kMean) {
       // Each row brings its share of the mean along, so that chunks add up to it.
       const Tensor u = sample_weight.has_value() ? sample_weight->to(acc_.dtype()) : at::ones({rows_}, acc_);
-      normalizer_ = (u * row_counts(options_, u)).sum();
+      normalizer_ = normalizer_of(options_, u);
       options_.sample_weight = u / normalizer_;
       options_.reduction = kSum;
     }

@@ -114,6 +114,17 @@ inline at::Tensor row_counts(const MarginOptions& o, const at::Tensor& like) {
   return k * kept;
 }
 
+// x of each row, 0 for ignored rows, whatever they hold.
+inline at::Tensor of_kept_rows(const MarginOptions& o, const at::Tensor& x) {
+  if (o.target.is_floating_point()) return x;
+  return at::where(o.target.to(at::kLong).ne(o.ignore_index), x, 0);  // not a product: x may be NaN
+}
+
+// Z = sum_i u_i k_i.
+inline at::Tensor normalizer_of(const MarginOptions& o, const at::Tensor& u) {
+  return of_kept_rows(o, u * row_counts(o, u)).sum();
+}
+
 // du_i = upstream_i * r_i, or upstream * (r_i - k_i * loss) / Z under a mean; 0 if ignored.
 inline at::Tensor sample_weight_gradient(
     const MarginOptions& o, const at::Tensor& row_loss, const at::Tensor& loss, const at::Tensor& upstream) {
@@ -121,11 +132,9 @@ inline at::Tensor sample_weight_gradient(
   at::Tensor grad = upstream * row_loss;
   if (o.reduction == kMean) {
     const at::Tensor k = row_counts(o, row_loss);
-    grad = upstream * (row_loss - k * loss) / (u.to(k.scalar_type()) * k).sum();
+    grad = upstream * (row_loss - k * loss) / normalizer_of(o, u.to(k.scalar_type()));
   }
-  // Not a product with what is kept: the loss may be NaN.
-  if (!o.target.is_floating_point()) grad = at::where(o.target.to(at::kLong).ne(o.ignore_index), grad, 0);
-  return grad.to(u.scalar_type());
+  return of_kept_rows(o, grad).to(u.scalar_type());
 }
 
 }  // namespace ltkernels

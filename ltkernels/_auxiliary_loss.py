@@ -158,15 +158,25 @@ class NeighborSilencingLoss(MarginCrossEntropyLoss):
         return LF.auxiliary_predict(logits, self.num_classes)
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors) -> None:
-        offsets, classes = (state_dict.get(f"{prefix}neighbor_{name}") for name in ("offsets", "classes"))
-        # Kernels read where the map says: one that points outside must not get there. Torch reports other sizes.
-        if offsets is not None and classes is not None and offsets.shape == self.neighbor_offsets.shape:
-            try:
-                _neighbor_pairs.check_csr(offsets, classes, self.num_classes, self.num_auxiliary)
-            except (ValueError, TypeError, IndexError) as error:
-                errors.append(f"{prefix}neighbor_offsets, {prefix}neighbor_classes: {error}")
-                return
+        # Kernels read where the map says: one that points outside must not get there, nor one half of another map.
+        try:
+            self._check_map(
+                state_dict.get(f"{prefix}neighbor_offsets", self.neighbor_offsets),
+                state_dict.get(f"{prefix}neighbor_classes", self.neighbor_classes),
+            )
+        except (ValueError, TypeError, IndexError) as error:
+            errors.append(f"{prefix}neighbor_offsets, {prefix}neighbor_classes: {error}")
+            return
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
+
+    def _check_map(self, offsets: Tensor, classes: Tensor) -> None:
+        def check_size(name: str, x: Tensor, own: Tensor) -> None:
+            if isinstance(x, Tensor) and x.shape != own.shape:
+                raise ValueError(f"size mismatch for {name}: expected {tuple(own.shape)}, got {tuple(x.shape)}")
+
+        check_size("neighbor_offsets", offsets, self.neighbor_offsets)
+        _neighbor_pairs.check_csr(offsets, classes, self.num_classes, self.num_auxiliary)
+        check_size("neighbor_classes", classes, self.neighbor_classes)
 
     def extra_repr(self) -> str:
         shown = {"num_classes": self.num_classes, "num_auxiliary": self.num_auxiliary}

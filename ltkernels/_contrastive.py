@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from numbers import Real
 from typing import NamedTuple
 
 import torch
@@ -177,6 +178,8 @@ def stack_views(views: Tensor, labels: Tensor | None = None) -> tuple[Tensor, Te
     samples, count, width = views.shape
     if labels is None:
         labels = torch.arange(samples, device=views.device)
+    elif not isinstance(labels, Tensor):
+        raise TypeError(f"labels: expected a Tensor, got {type(labels).__name__}")
     elif labels.shape != (samples,):
         raise ValueError(f"labels: expected shape ({samples},), got {tuple(labels.shape)}")
     return views.transpose(0, 1).reshape(count * samples, width), labels.repeat(count)
@@ -252,7 +255,7 @@ def _temperature(temperature: float | Tensor, query: Tensor) -> Tensor:
         if temperature.dim() and temperature.shape != (rows,):
             raise ValueError(f"temperature: expected shape () or ({rows},), got {tuple(temperature.shape)}")
         return temperature.expand(rows)
-    if isinstance(temperature, bool) or not isinstance(temperature, (int, float)):
+    if isinstance(temperature, bool) or not isinstance(temperature, Real):
         raise TypeError(f"temperature: expected a number or a Tensor, got {type(temperature).__name__}")
     if not 0 < temperature < float("inf"):
         raise ValueError(f"temperature: expected a finite number above 0, got {temperature}")

@@ -11,7 +11,7 @@ from torch.compiler import is_compiling
 
 import ltkernels.functional as LF
 from ltkernels._checks import integer, kind_of, number
-from ltkernels._contrastive_loss import ContrastiveLossModule, check_embeddings, check_index, shown
+from ltkernels._contrastive_loss import ContrastiveLossModule, as_int64, check_embeddings, check_index, shown
 from ltkernels.reference import directions
 
 
@@ -242,6 +242,7 @@ class ISogCLRLoss(ContrastiveLossModule):
         rows, negatives = embeddings.shape[0], embeddings.shape[0] - 2
         if not negatives:
             raise ValueError("embeddings: expected two views of at least two samples, got one sample")
+        index = as_int64(index)
         row_samples = self._rows("index", index, rows)
         if index.shape[0] == rows:
             raise ValueError(f"index: expected shape ({rows // 2},), one number for both views, got ({rows},)")
@@ -352,6 +353,8 @@ class MoCoLoss(ContrastiveLossModule):
             labels: (M,) integers from -1 on, of which -1 has no further positives in the queue.
         """
         query, key = self._entry("query", query), self._entry("key", key.detach() if isinstance(key, Tensor) else key)
+        if key.shape != query.shape:
+            raise ValueError(f"key: expected shape {tuple(query.shape)} like query, got {tuple(key.shape)}")
         return LF.contrastive_loss(
             query,
             self.queue,
@@ -370,10 +373,11 @@ class MoCoLoss(ContrastiveLossModule):
             raise ValueError(f"key: expected at most {size} keys, the size of the queue, got {count}")
         if labels is None:
             labels = self.queue_labels.new_full((count,), -1)
+        labels = as_int64(labels)
         _check_labels(labels, count, None)
         place = (self.pointer + torch.arange(count, device=self.pointer.device)) % size
         self.queue.index_copy_(0, place, key)
-        self.queue_labels.index_copy_(0, place, labels.long())
+        self.queue_labels.index_copy_(0, place, labels)
         self.pointer.add_(count).remainder_(size)
 
     def _entry(self, name: str, x: Tensor) -> Tensor:

@@ -48,10 +48,10 @@ class ContrastiveLossModule(nn.Module):
         if embeddings.dim() == 3:
             if positive_index is not None:
                 raise ValueError("positive_index: expected None with embeddings of shape (N, V, D)")
-            return (*LF.stack_views(embeddings, labels), None)
-        if labels is None and positive_index is None:
+            embeddings, labels = LF.stack_views(embeddings, labels)
+        elif labels is None and positive_index is None:
             positive_index = LF.view_pairs(embeddings.shape[0], self.layout, embeddings.device)
-        return embeddings, labels, positive_index
+        return embeddings, as_int64(labels), as_int64(positive_index)
 
     def _rows(self, name: str, x: Tensor, rows: int) -> Tensor:
         """Numbers of samples (rows,), or (rows / 2,) for two views of each, as numbers of rows."""
@@ -338,6 +338,7 @@ class TemperatureContrastiveLoss(ContrastiveLossModule):
         """
         check_embeddings(embeddings, dims=(2,))
         embeddings, labels, positive_index = self._batch(embeddings, labels, positive_index)
+        index = as_int64(index)
         rows = self._rows("index", index, embeddings.shape[0])
         check_index(index, self.temperature.shape[0])
         return LF.contrastive_loss(
@@ -351,6 +352,11 @@ class TemperatureContrastiveLoss(ContrastiveLossModule):
 
     def extra_repr(self) -> str:
         return f"num_samples={self.temperature.shape[0]}, {super().extra_repr()}"
+
+
+def as_int64(x: Tensor | None) -> Tensor | None:
+    """Integers of any width as int64: as an index uint8 is a mask for torch. Anything else is for a check to name."""
+    return x.long() if isinstance(x, Tensor) and not x.is_floating_point() and x.dtype != torch.bool else x
 
 
 def check_embeddings(embeddings: Tensor, dims: tuple[int, ...] = (2, 3)) -> None:

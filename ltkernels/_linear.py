@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ltkernels import _ops, reference
-from ltkernels._rows import REDUCTIONS, check_numbers, check_types, check_values, fold_scale
+from ltkernels._rows import REDUCTIONS, check_numbers, check_types, check_values, each_sample, fold_scale
 
 _ALL = 2**62  # rows or classes; a number of them as an argument of the operator would be traced as a constant
 
@@ -57,8 +57,8 @@ def linear_margin_softmax(
     target = _rows("target", target, samples, classes if probabilities else None)
     if mask is not None and mask.dim() != 1:
         mask = _rows("mask", mask, samples, classes)
-    sample_weight = _rows("sample_weight", sample_weight, samples)
-    row_class = _rows("row_class", row_class, samples)
+    sample_weight = each_sample("sample_weight", sample_weight, samples)
+    row_class = each_sample("row_class", row_class, samples)
 
     options = (
         target, weight, logit_scale, logit_bias, target_margin, pairwise_margin, mask, sample_weight, row_class,
@@ -125,10 +125,8 @@ def _check_classifier(input: Tensor, linear_weight: Tensor, linear_bias: Tensor 
         raise ValueError("linear_bias: expected None for a cosine classifier")
 
 
-def _rows(name: str, x: Tensor | None, samples: torch.Size, classes: int | None = None) -> Tensor | None:
+def _rows(name: str, x: Tensor, samples: torch.Size, classes: int | None = None) -> Tensor:
     """A value, or one for each class, of each sample as rows."""
-    if x is None:
-        return None
     expected = samples if classes is None else (*samples, classes)
     if x.shape != torch.Size(expected):
         raise ValueError(f"{name}: expected shape {tuple(expected)}, got {tuple(x.shape)}")

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 import ltkernels.functional as LF
 from ltkernels import margins as M
+from ltkernels._checks import number
+from ltkernels._rows import REDUCTIONS
 
 
 class LossOptions(TypedDict, total=False):
@@ -84,9 +86,11 @@ class MarginCrossEntropyLoss(nn.Module):
             weight=self.schedule.weight(0) if self.schedule is not None else weight,
         )
         self._register(given if margins is None else margins.combine(given))
+        if not isinstance(reduction, str) or reduction not in REDUCTIONS:
+            raise ValueError(f"reduction: expected 'none', 'mean' or 'sum', got {reduction!r}")
         self.reduction = reduction
         self.ignore_index = ignore_index
-        self.label_smoothing = label_smoothing
+        self.label_smoothing = number("label_smoothing", label_smoothing, "in [0, 1]")
 
     def _register(self, margins: M.Margins) -> None:
         for name in (*M.Margins.TENSORS, "scale"):

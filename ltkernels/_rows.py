@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from numbers import Integral, Real
+
 import torch
 from torch import Tensor
 from torch.compiler import is_compiling
@@ -26,6 +28,10 @@ def margin_softmax(
     if isinstance(scale, Tensor):
         logit_scale, target_margin = fold_scale(scale, logit_scale, target_margin, input)
         scale = 1.0
+
+    if isinstance(neighbor_weight, Tensor) or isinstance(label_smoothing, Tensor):
+        # The dispatcher would take a 0-d tensor for a number, and its gradient would be lost.
+        check_numbers(scale, neighbor_weight, ignore_index, label_smoothing)
 
     shape = None
     if input.dim() != 2:
@@ -74,13 +80,13 @@ def check_types(*optional) -> None:
 
 
 def check_numbers(scale, neighbor_weight, ignore_index, label_smoothing) -> None:
-    if not isinstance(scale, (float, int)):
+    if not isinstance(scale, Real):
         raise TypeError(f"scale: expected a number or a 0-d Tensor, got {type(scale).__name__}")
-    if not isinstance(neighbor_weight, (float, int)):
+    if not isinstance(neighbor_weight, Real):
         raise TypeError(f"neighbor_weight: expected a number, got {type(neighbor_weight).__name__}")
-    if not isinstance(ignore_index, int):
+    if not isinstance(ignore_index, Integral):
         raise TypeError(f"ignore_index: expected an int, got {type(ignore_index).__name__}")
-    if not isinstance(label_smoothing, (float, int)):
+    if not isinstance(label_smoothing, Real):
         raise TypeError(f"label_smoothing: expected a number, got {type(label_smoothing).__name__}")
 
 
@@ -135,8 +141,11 @@ def fold_scale(
         raise ValueError(
             f"scale: expected a number or a 0-d floating tensor, got {scale.dtype} of shape {tuple(scale.shape)}"
         )
-    folded_scale = scale if logit_scale is None else scale * logit_scale
-    return folded_scale, None if target_margin is None else scale * target_margin
+    # In the precision of the kernels: torch would give the product with 16-bit vectors 16 bits.
+    acc = torch.float64 if input.dtype == torch.float64 else torch.float32
+    scale = scale.to(acc)
+    folded_scale = scale if logit_scale is None else scale * logit_scale.to(acc)
+    return folded_scale, None if target_margin is None else scale * target_margin.to(acc)
 
 
 def _as_rows(
@@ -169,18 +178,18 @@ def _as_rows(
                 f"got {tuple(mask.shape)}"
             )
     target = rows_of_classes(target) if probabilities else target.reshape(-1)
-    sample_weight = _each_sample("sample_weight", sample_weight, input, samples)
-    row_class = _each_sample("row_class", row_class, input, samples)
+    sample_weight = each_sample("sample_weight", sample_weight, samples)
+    row_class = each_sample("row_class", row_class, samples)
     return rows_of_classes(input), target, mask, sample_weight, row_class
 
 
-def _each_sample(name: str, x: Tensor | None, input: Tensor, samples: tuple[int, ...]) -> Tensor | None:
-    """A value a sample, (N,) or (N, d1, ...), as (rows,)."""
+def each_sample(name: str, x: Tensor | None, samples: tuple[int, ...]) -> Tensor | None:
+    """A value a sample, (N,) or ``samples`` = (N, d1, ...), as (rows,)."""
     if x is None:
         return None
-    if x.dim() == 1 and input.dim() > 2 and x.shape[0] == input.shape[0]:
-        x = x.reshape(-1, *[1] * (input.dim() - 2)).expand(samples)
+    if x.dim() == 1 and len(samples) > 1 and x.shape[0] == samples[0]:
+        x = x.reshape(-1, *[1] * (len(samples) - 1)).expand(samples)
     if x.shape != torch.Size(samples):
-        expected = f"({input.shape[0]},) or {samples}" if samples else "()"
+        expected = f"({samples[0]},) or {tuple(samples)}" if len(samples) > 1 else f"{tuple(samples)}"
         raise ValueError(f"{name}: expected shape {expected}, got {tuple(x.shape)}")
     return x.reshape(-1)

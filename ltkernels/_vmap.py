@@ -33,8 +33,11 @@ def _loop(op, info, in_dims: tuple, args: tuple) -> tuple[tuple, tuple]:
     return stacked, (0,) * len(stacked)
 
 
-def _fold(info, in_dims: tuple, args: tuple) -> tuple[list, int, Tensor]:
-    """The shared arguments as one problem of B * N rows under reduction "none", N, and u / Z as (B, N)."""
+def _fold(info, in_dims: tuple, args: tuple, undefined: float) -> tuple[list, int, Tensor]:
+    """The shared arguments as one problem of B * N rows under reduction "none", N, and whose loss is defined: (B,).
+
+    A mean over rows that count nothing, Z = 0, is not: its rows get the share ``undefined``.
+    """
     batch = info.batch_size
     args = list(args)
 
@@ -44,7 +47,7 @@ def _fold(info, in_dims: tuple, args: tuple) -> tuple[list, int, Tensor]:
 
     logits, target = batched(_LOGITS), batched(_TARGET)
     rows, classes = logits.shape[1:]
-    share = _share_of_row(args, batched, target, rows, logits)
+    share, defined = _share_of_row(args, batched, target, rows, logits, undefined)
     args[_LOGITS] = logits.reshape(batch * rows, classes)
     args[_TARGET] = target.reshape(batch * rows, *target.shape[2:])
     if args[_MASK] is not None:
@@ -56,35 +59,38 @@ def _fold(info, in_dims: tuple, args: tuple) -> tuple[list, int, Tensor]:
         args[_ROW_CLASS] = batched(_ROW_CLASS).reshape(batch * rows)
     args[_SAMPLE_WEIGHT] = share.reshape(-1)
     args[_REDUCTION] = _NONE
-    return args, rows, share
+    return args, rows, defined
 
 
-def _share_of_row(args: list, batched, target: Tensor, rows: int, logits: Tensor) -> Tensor:
-    """u, or u / Z of the row's own problem under a mean: (B, N)."""
+def _share_of_row(
+    args: list, batched, target: Tensor, rows: int, logits: Tensor, undefined: float
+) -> tuple[Tensor, Tensor]:
+    """u, or u / Z of the row's own problem under a mean, (B, N); whether there is something to divide by, (B,)."""
     acc = torch.float64 if logits.dtype == torch.float64 else torch.float32
     if args[_SAMPLE_WEIGHT] is None:
         u = logits.new_ones((logits.shape[0], rows), dtype=acc)
     else:
         u = batched(_SAMPLE_WEIGHT).to(acc)
     if args[_REDUCTION] != _MEAN:
-        return u
+        return u, u.new_ones(u.shape[0], dtype=torch.bool)
     k = u
     if not target.is_floating_point():
         index = target.long()  # ignore_index does not fit every integer dtype
         kept = index != args[_IGNORE_INDEX]
+        u = k = torch.where(kept, u, 0.0)  # whatever weight an ignored row has
         if args[_WEIGHT] is not None:
             k = k * args[_WEIGHT].to(acc)[torch.where(kept, index, 0)]
-        k = torch.where(kept, k, 0.0)
-    return u / k.sum(1, keepdim=True)
+    total = k.sum(1, keepdim=True)
+    defined = total != 0
+    # Divided by 1 where it is undefined: a NaN there would reach the gradient of what other problems share.
+    return torch.where(defined, u / torch.where(defined, total, 1.0), undefined), defined.squeeze(1)
 
 
-def _reduced(loss: Tensor, share: Tensor, reduction: int) -> Tensor:
-    loss = loss.reshape(share.shape)
+def _reduced(loss: Tensor, defined: Tensor, reduction: int) -> Tensor:
+    loss = loss.reshape(defined.shape[0], -1)
     if reduction == _NONE:
         return loss
-    total = loss.sum(1)
-    # A mean over no rows is NaN, and so is one with all rows ignored: their loss is 0, but Z is 0 too.
-    return torch.where(share.isfinite().any(1), total, torch.nan) if reduction == _MEAN else total
+    return torch.where(defined, loss.sum(1), torch.nan)
 
 
 @torch.library.register_vmap("ltkernels::margin_softmax")
@@ -92,10 +98,10 @@ def _(info, in_dims, *args):
     *_, return_lse = args
     if not _foldable(in_dims):
         return _loop(_ops.margin_softmax, info, in_dims, args)
-    folded, rows, share = _fold(info, in_dims, args)
+    folded, rows, defined = _fold(info, in_dims, args, undefined=0.0)
     loss, lse = _ops.margin_softmax(*folded)
     lse = lse.reshape(info.batch_size, rows) if return_lse else lse.new_empty((info.batch_size, 0))
-    return (_reduced(loss, share, args[_REDUCTION]), lse), (0, 0)
+    return (_reduced(loss, defined, args[_REDUCTION]), lse), (0, 0)
 
 
 @torch.library.register_vmap("ltkernels::margin_softmax_fwd")
@@ -103,11 +109,11 @@ def _(info, in_dims, *args):
     *_, with_grad = args
     if not _foldable(in_dims):
         return _loop(_ops.margin_softmax_fwd, info, in_dims, args)
-    folded, rows, share = _fold(info, in_dims, args)
+    folded, rows, defined = _fold(info, in_dims, args, undefined=torch.nan)
     batch = info.batch_size
     loss, stats, grad = _ops.margin_softmax_fwd(*folded)
     grad = grad.reshape(batch, rows, -1) if with_grad else grad.new_empty((batch, 0))
-    loss = _reduced(loss, share, args[_REDUCTION])
+    loss = _reduced(loss, defined, args[_REDUCTION])
     return (loss, stats.reshape(3, batch, rows), grad), (0, 1, 0)
 
 
@@ -118,7 +124,7 @@ def _(info, in_dims, grad_loss, grad_lse, stats, *args):
     if not _foldable(shared_dims) or grads != 1:
         return _loop(_ops.margin_softmax_bwd, info, in_dims, (grad_loss, grad_lse, stats, *args))
     batch = info.batch_size
-    folded, rows, _ = _fold(info, shared_dims, args)
+    folded, rows, _ = _fold(info, shared_dims, args, undefined=torch.nan)
 
     def rows_of(x: Tensor, dim: int | None) -> Tensor:
         x = x.unsqueeze(0).expand(batch, *x.shape) if dim is None else x.movedim(dim, 0)

@@ -6,6 +6,8 @@ devices are checked inside the operator, so that every backend answers bad input
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch.compiler import is_compiling
@@ -213,6 +215,10 @@ def _with_prior(logit_bias: Tensor | None, prior_counts: Tensor, tau: float, cla
     if not isinstance(prior_counts, Tensor) or prior_counts.shape != (classes,):
         found = tuple(prior_counts.shape) if isinstance(prior_counts, Tensor) else type(prior_counts).__name__
         raise ValueError(f"prior_counts: expected a Tensor of shape ({classes},), got {found}")
+    if isinstance(tau, Tensor):  # the dispatcher would take it for a number, and its gradient would be lost
+        raise TypeError("tau: expected a number, got Tensor")
+    if not -math.inf < tau < math.inf:
+        raise ValueError(f"tau: expected a finite number, got {tau}")
     prior = (_ops.log_prior if is_compiling() else _ops.log_prior_direct)(prior_counts, tau)
     return prior if logit_bias is None else logit_bias + prior
 
@@ -342,6 +348,7 @@ def mask_auxiliary(logits: Tensor, num_classes: int) -> Tensor:
 
     Raises:
         ValueError: ``num_classes`` outside ``[1, K]``.
+        TypeError: a wrong type.
     """
     dim = _class_dim(logits, num_classes)
     auxiliary = torch.arange(logits.shape[dim], device=logits.device) >= num_classes
@@ -358,6 +365,10 @@ def auxiliary_predict(logits: Tensor, num_classes: int) -> Tensor:
 
 
 def _class_dim(logits: Tensor, num_classes: int) -> int:
+    if not isinstance(logits, Tensor):
+        raise TypeError(f"logits: expected a Tensor, got {type(logits).__name__}")
+    if isinstance(num_classes, bool) or not isinstance(num_classes, (int, torch.SymInt)):
+        raise TypeError(f"num_classes: expected an int, got {type(num_classes).__name__}")
     if logits.dim() == 0:
         raise ValueError("logits: expected shape (K,), (N, K) or (N, K, d1, ...), got a 0-d tensor")
     dim = 0 if logits.dim() == 1 else 1

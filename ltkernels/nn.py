@@ -189,6 +189,12 @@ class EqualizationLoss(MarginCrossEntropyLoss):
         """The loss of logits (N, C) and class indices (N,); a class is left out where ``mask`` or the draw says so."""
         drawn = M.equalization_mask(target, self.tail, self.gamma)
         if mask is not None:  # (C,) or (N, C) as well: classes are dimension 1 of the draw
+            if not isinstance(mask, Tensor):
+                raise TypeError(f"mask: expected a Tensor or None, got {type(mask).__name__}")
+            shapes = [tuple(shape) for shape in (drawn.shape[1:2], drawn.shape[:2], drawn.shape)]
+            if mask.shape not in shapes:
+                expected = " or ".join(map(str, dict.fromkeys(shapes)))
+                raise ValueError(f"mask: expected shape {expected}, got {tuple(mask.shape)}")
             drawn = drawn & mask.reshape(*mask.shape, *[1] * (drawn.dim() - max(mask.dim(), 2)))
         return super().forward(input, target, mask=drawn, sample_weight=sample_weight)
 

@@ -48,7 +48,10 @@ BAD: list[tuple[dict, type[Exception], tuple[str, ...]]] = [
         ({"neighbor_weight": x}, ValueError, ("neighbor_weight", "in [0, 1]", f"got {x:g}"))
         for x in (-0.1, 1.1, NAN, INF, -INF)
     ),
-    *(({"neighbor_weight": x}, TypeError, ("neighbor_weight", "expected a number")) for x in ("0.1", None, [0.1])),
+    *(
+        ({"neighbor_weight": x}, TypeError, ("neighbor_weight", "expected a number"))
+        for x in ("0.1", None, [0.1], torch.tensor(0.1))
+    ),
     *(({"mode": "back", "neighbor_weight": x}, ValueError, ("neighbor_weight=0", f"got {x:g}")) for x in (0.1, 1, NAN)),
     *(({"mode": x}, ValueError, ("mode", "plain, back", f"got {x!r}")) for x in ("hard", "", None, 0)),
     ({"target": PROBABILITIES}, ValueError, ("row_class", "probabilities")),

@@ -209,6 +209,36 @@ def test_ignored_rows_may_hold_anything(reduction: str) -> None:
     assert got["loss"].isfinite().all() and got["dlogits"][1::2].eq(0).all() and got["dlogit_bias"].isfinite().all()
 
 
+def test_a_mean_takes_no_weight_from_ignored_rows() -> None:
+    """Not even an infinite one, in either form and in the gradient of the weights."""
+    x, w, target = randn(4, 6), randn(9, 6, seed=1), torch.tensor([1, -100, 3, -100])
+    u, kept = torch.tensor([1.0, INF, 2.0, NAN], requires_grad=True), target >= 0
+    exact = F.cross_entropy((x @ w.T)[kept].double(), target[kept], reduction="none")
+    expected = (u[kept] * exact).sum() / u[kept].sum()
+    (du,) = torch.autograd.grad(expected, u)
+    for loss in (
+        LF.margin_cross_entropy(x @ w.T, target, sample_weight=u),
+        LF.linear_margin_cross_entropy(x, w, target, sample_weight=u),
+    ):
+        torch.testing.assert_close(loss.double(), expected)
+        torch.testing.assert_close(torch.autograd.grad(loss, u)[0], du)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_tensor_scale_of_16_bit_vectors_is_no_16_bit_product(dtype: torch.dtype) -> None:
+    """What a number gives, a tensor gives; 30 * 3000 is beyond float16."""
+    logits, target = randn(4, 5), torch.tensor([1, 0, 3, 4])
+    vectors = {"logit_scale": torch.rand(5).add(0.3).to(dtype), "target_margin": torch.rand(5).to(dtype)}
+    for scale in (30.7, 1e-3):
+        want = LF.margin_cross_entropy(logits, target, scale=scale, **vectors)
+        got = LF.margin_cross_entropy(logits, target, scale=torch.tensor(scale), **vectors)
+        torch.testing.assert_close(got, want, rtol=1e-6, atol=0)
+    large = torch.full((5,), 3000.0, dtype=dtype, requires_grad=True)
+    loss = LF.margin_cross_entropy(1e-5 * logits, target, logit_scale=large, scale=torch.tensor(30.0))
+    loss.backward()
+    assert loss.isfinite() and large.grad.dtype == dtype and large.grad.isfinite().all()
+
+
 @pytest.mark.parametrize("ignore_index", [3, -1, -100, 200, 2**40])
 def test_ignore_index(ignore_index: int) -> None:
     target = torch.tensor([1, ignore_index, 3, 0])

@@ -88,6 +88,7 @@ OPTIONS = [
     Bad({"scale": "2"}, TypeError, ("scale", "expected a number", "got str")),
     Bad({"scale": None}, TypeError, ("scale", "expected a number", "got NoneType")),
     Bad({"label_smoothing": "0.1"}, TypeError, ("label_smoothing", "expected a number", "got str")),
+    Bad({"label_smoothing": torch.tensor(0.1)}, TypeError, ("label_smoothing", "expected a number", "got Tensor")),
     Bad({"ignore_index": 1.5}, TypeError, ("ignore_index", "expected an int", "got float")),
     Bad({"ignore_index": None}, TypeError, ("ignore_index", "expected an int", "got NoneType")),
 ]

@@ -109,6 +109,35 @@ def test_vmap_over_other_arguments() -> None:
     assert got.isinf().any() and not got.isinf().all()  # removed targets in some problems
 
 
+@pytest.mark.parametrize("ignored_weight", [0.7, float("inf")])
+def test_vmap_shared_sample_weights_beside_a_problem_without_rows(ignored_weight: float) -> None:
+    """Its mean is NaN; the gradient of another problem's, to what both share, is not."""
+    logits, target = make(3)
+    target[1] = -100
+    target[:, 2] = -100
+    shared = rand(N, seed=3)
+    shared[2] = ignored_weight  # of a row that is ignored everywhere
+
+    def losses(u: Tensor) -> Tensor:
+        return vmap(lambda x, y: LF.margin_cross_entropy(x, y, sample_weight=u))(logits, target)
+
+    got = losses(shared.requires_grad_())
+    torch.testing.assert_close(got, looped(lambda x, y: mean_of(x, y, shared), logits, target), equal_nan=True)
+    assert got.isnan().tolist() == [False, True, False]
+    for problem in (0, 2):
+        (gradient,) = torch.autograd.grad(got[problem], shared, retain_graph=True)
+        expected = torch.autograd.grad(mean_of(logits[problem], target[problem], shared), shared)[0]
+        torch.testing.assert_close(gradient, expected)
+        assert gradient.isfinite().all()
+
+
+def mean_of(logits: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+    """By F.cross_entropy over the rows that are kept."""
+    kept = target != -100
+    u = weight[kept]
+    return (u * F.cross_entropy(logits[kept], target[kept], reduction="none")).sum() / u.sum()
+
+
 def test_vmap_over_class_vectors_is_a_loop() -> None:
     """No single call can serve several biases: one a problem, and right."""
     logits, target = make()

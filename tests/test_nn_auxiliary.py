@@ -174,6 +174,24 @@ def test_state_of_another_map_of_the_same_size() -> None:
     assert map_before == neighbors() == kept  # maps are immutable, also while the module's buffers change
 
 
+@pytest.mark.parametrize("strict", [True, False])
+def test_state_of_a_map_with_other_pairs_leaves_all_as_it_was(strict: bool) -> None:
+    """Not half of it either: offsets of another size of map fit, and with the old classes they are a wrong map."""
+    loss = lnn.NeighborSilencingLoss(neighbors())
+    before = value_and_gradient(loss)
+    for pairs in ([(2, 3)], [(0, 5), (1, 5), (1, 6), (2, 3), (2, 4)]):
+        state = lnn.NeighborSilencingLoss(NeighborMap.from_pairs(pairs, num_classes=3, num_auxiliary=4)).state_dict()
+        with pytest.raises(RuntimeError, match="size mismatch for neighbor_classes"):
+            loss.load_state_dict(state, strict=strict)
+        assert loss.neighbors == neighbors()
+        assert_same(value_and_gradient(loss), before)
+    another = NeighborMap.from_pairs([(0, 5), (1, 5), (1, 6), (2, 3)], num_classes=3, num_auxiliary=4)
+    half = {"neighbor_classes": lnn.NeighborSilencingLoss(another).state_dict()["neighbor_classes"]}
+    with pytest.raises(RuntimeError, match="not a map|symmetric"):
+        loss.load_state_dict(half, strict=False)
+    assert loss.neighbors == neighbors()
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

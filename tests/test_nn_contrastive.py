@@ -95,11 +95,35 @@ def test_ntxent_over_pairs(tau: float) -> None:
     ))  # fmt: skip
 
 
-def test_float32_pairs_and_integer_dtypes() -> None:
-    z = embeddings().float()
-    for dtype in (torch.int16, torch.int32, torch.int64):
-        value = lnn.NTXentLoss(0.2, "pairs")(z, LABELS.to(dtype))
-        torch.testing.assert_close(value, pairwise(embeddings(), LABELS, 0.2).float())
+def test_float32_pairs() -> None:
+    value = lnn.NTXentLoss(0.2, "pairs")(embeddings().float(), LABELS)
+    torch.testing.assert_close(value, pairwise(embeddings(), LABELS, 0.2).float())
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32, torch.uint16], ids=str)
+def test_integers_of_any_width(dtype: torch.dtype) -> None:
+    """The numbers count, not their type: an index of uint8 is a mask for torch, and -1 is 255 in it."""
+    z, prototypes = embeddings(), embeddings()[:9]
+    rows = len(z)
+    labels = LABELS.clamp(min=0)
+    mates = torch.arange(rows).roll(-1)  # no row is its own, and 0 occurs: a mask of uint8 would drop a row
+    moco = {kind: lnn.MoCoLoss(z.shape[1], 3 * rows, dtype=z.dtype) for kind in (torch.int64, dtype)}
+    moco[dtype].load_state_dict(moco[torch.int64].state_dict())
+    for kind, loss in moco.items():
+        loss.enqueue(z.flip(0), labels.to(kind))
+    tau = torch.linspace(0.1, 0.9, rows).double()
+    calls = [
+        lambda i: lnn.NTXentLoss(0.2, "pairs")(z, i(labels)),
+        lambda i: lnn.NTXentLoss(0.2)(z, None, i(mates)),
+        lambda i: lnn.SupConLoss(0.2)(z, i(labels)),
+        lambda i: lnn.TemperatureContrastiveLoss(tau)(z, i(mates), i(labels)),
+        lambda i: lnn.MACLLoss()(z, i(mates)),
+        lambda i: lnn.ISogCLRLoss(rows, 0.3)(z, i(mates[: rows // 2])),
+        lambda i: lnn.BalancedContrastiveLoss()(z, i(labels), prototypes),
+        lambda i: moco[i(mates).dtype](z, z.roll(1, 0), i(labels)),
+    ]
+    for call in calls:
+        assert torch.equal(call(lambda x: x.to(dtype)), call(lambda x: x))
 
 
 @pytest.mark.parametrize("average", ["rows", "pairs"])
