@@ -41,8 +41,11 @@ def main(argv: list[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
-    from ltkernels.trainer import cli
-
+    try:
+        from ltkernels.trainer import cli  # takes seconds, in which an interrupt may come
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
     return cli.main(argv)
 
 

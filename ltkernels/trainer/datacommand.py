@@ -39,7 +39,7 @@ class DataOptions:
     data_root: Path | None = None
     """Folder with the data sets; default: the one that LTKERNELS_DATA names, else data."""
     dataset: str = ALL
-    """cifar10, cifar100, fashion-mnist, folder, list or all."""
+    """One of them by its name, or all."""
     imbalance_factor: float = 100.0
     """Images of the largest class over those of the smallest."""
     profile: Profile = "exp"

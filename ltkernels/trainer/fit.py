@@ -14,6 +14,7 @@ from __future__ import annotations
 import copy
 import math
 import random
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -47,7 +48,7 @@ _EVALUATION_BATCH = {"cpu": 250}
 _LARGE_EVALUATION_BATCH = 1000
 # Distributed processes agree on a request to stop every so many steps: asking at each would cost one more exchange.
 _AGREE_EVERY = 20
-_FORMAT = 1
+_FORMAT = 2
 # Streams of random numbers of a run.
 _ORDER_STREAM, _AUGMENT_STREAM, _MIX_STREAM = 1, 2, 3
 
@@ -118,6 +119,7 @@ class Fit:
             "mix": _generator(cpu, recipe.seed, _MIX_STREAM),  # its numbers are read by the host
         }
         self.step = 0
+        self._earlier_seconds, self._began = 0.0, time.perf_counter()
         self.history: list[dict[str, Any]] = []
         self._order = torch.empty(0, dtype=torch.int64)
         # Losses since the last evaluation, read when it is due: reading each would make the device wait for the host.
@@ -158,6 +160,7 @@ class Fit:
             StoppedError: ``stop_requested`` said so; the checkpoint is written.
         """
         recipe = self.recipe
+        self._began = time.perf_counter()
         take_step = self._step_function()
         order = self._order.to(self.fabric.device)
         while self.step < recipe.steps:
@@ -338,6 +341,11 @@ class Fit:
         with torch.inference_mode():
             return Outputs(embedding, classifier(embedding), self.target.cpu())
 
+    @property
+    def seconds(self) -> float:
+        """Of training and evaluation, up to now; of an earlier part of the run, up to the checkpoint it left."""
+        return self._earlier_seconds + time.perf_counter() - self._began
+
     # State
 
     def state(self) -> dict[str, Any]:
@@ -349,6 +357,7 @@ class Fit:
             "format": _FORMAT,
             "recipe": self.recipe.hash,
             "step": self.step,
+            "seconds": self.seconds,
             "objective": self.objective.state_dict(),
             "average": None if self.average is None else self.average.state_dict(),
             "optimizer": optimizer,
@@ -376,6 +385,7 @@ class Fit:
             self.average.load_state_dict(state["average"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.objective.train()
+        self._earlier_seconds = state["seconds"]
         self.step, self._order, self._losses_from = state["step"], state["order"], state["losses_from"]
         self._losses[: len(state["losses"])] = state["losses"].to(self._losses.device)
         self.history = list(state["history"]) if self.fabric.is_global_zero else []

@@ -128,16 +128,14 @@ def train_in_folder(
         config = _config(fabric, name, recipe, split, command, fit.step)
         folder.write_json("config.json", config)
         _print_start(console, config, fit.step, recipe)
-    status, seconds = _train(fit, folder, checkpoints, options.tensorboard, console)
+    status = _train(fit, folder, checkpoints, options.tensorboard, console)
     if status == 0 and fabric.is_global_zero:
-        _finish(fit, folder, config, seconds, console)
+        _finish(fit, folder, config, console)
     fabric.barrier()
     return status
 
 
-def _train(
-    fit: Fit, folder: RunFolder, checkpoints: CheckpointFolder, tensorboard: bool, console: Console
-) -> tuple[int, float]:
+def _train(fit: Fit, folder: RunFolder, checkpoints: CheckpointFolder, tensorboard: bool, console: Console) -> int:
     log = RunLog(folder, console, fit.recipe, fit.history, fit.step, tensorboard, writes=fit.fabric.is_global_zero)
     with log, stop_signals() as received:
         try:
@@ -145,18 +143,20 @@ def _train(
         except StoppedError as stopped:
             again = f"go on with: ltkernels train --resume {folder.path}"
             console.print(f"{stopped}; {again}", highlight=False, markup=False, soft_wrap=True)
-            return TERMINATED if signal.SIGTERM in received else INTERRUPTED, log.seconds
-    return 0, log.seconds
+            return TERMINATED if signal.SIGTERM in received else INTERRUPTED
+    return 0
 
 
-def _finish(fit: Fit, folder: RunFolder, config: dict[str, Any], seconds: float, console: Console) -> None:
+def _finish(fit: Fit, folder: RunFolder, config: dict[str, Any], console: Console) -> None:
+    seconds = fit.seconds
     export_weights(folder.path, fit.evaluated_network.state_dict())
     folder.write(PREDICTIONS_FILE, predictions(fit.logits(), fit.scale, fit.test_target))
     test_embedding = fit.outputs(fit.evaluated_network.features, fit.test_images)
     folder.write(FEATURES_FILE, features(fit.train_outputs(), test_embedding))
     content = summary(fit.recipe, fit.history) | {
         "counts": list(fit.counts),
-        "seconds": round(seconds, 1),  # of the last part, for a run that was resumed
+        "seconds": round(seconds, 1),  # of all parts, for a run that was resumed
+        "finished": _now(),
         "resumed_from": config["resumed_from"],
         **{key: config[key] for key in ("train_fingerprint", "test_fingerprint", "device", "cpu", "threads")},
     }
@@ -226,7 +226,7 @@ def _config(
 ) -> dict[str, Any]:
     return {
         "command": command,
-        "started": datetime.now().astimezone().isoformat(timespec="seconds"),
+        "started": _now(),
         "resumed_from": resumed_from,
         "recipe_name": name,
         "recipe_hash": recipe.hash,
@@ -238,6 +238,10 @@ def _config(
         "test_fingerprint": split.evaluate.fingerprint,
         **environment(fabric.device),
     }
+
+
+def _now() -> str:
+    return datetime.now().astimezone().isoformat(timespec="seconds")
 
 
 def _print_start(console: Console, config: dict[str, Any], step: int, recipe: ImageRecipe) -> None:

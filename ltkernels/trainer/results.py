@@ -22,6 +22,7 @@ from ltkernels.trainer.image_session import METRICS_FILE, RECIPE_FILE
 from ltkernels.trainer.locks import folder_locked
 from ltkernels.trainer.metrics import CALIBRATION_BINS, Outputs
 from ltkernels.trainer.papers.elm_measures import measure
+from ltkernels.trainer.results_check import check_entry
 from ltkernels.trainer.runlog import FEATURES_FILE, PREDICTIONS_FILE
 from ltkernels.trainer.tables import PlannedRun, table_named
 
@@ -30,29 +31,6 @@ Results: TypeAlias = dict[str, Any]
 RESULTS = Path("docs/reproduction/results")
 DIGITS = 6
 _ELM_TABLES = "elm-"
-# Values of an entry and their types.
-_FIELDS: dict[str, type | tuple[type, ...]] = {
-    "arm": str,
-    "recipe": str,
-    "recipe_fields": dict,
-    "seed": int,
-    "subset_seed": int,
-    "tier": str,
-    "counts": list,
-    "last": dict,
-    "best": dict,
-    "seconds": (int, float),
-    "train_fingerprint": str,
-    "test_fingerprint": str,
-    "device": str,
-    "cpu": str,
-    "threads": int,
-    "torch": str,
-    "date": str,
-    "calibration": dict,
-    "post_hoc": dict,
-    "elm": (dict, type(None)),
-}
 
 
 def results_file(table: str, tier: Tier) -> Path:
@@ -101,7 +79,7 @@ def entry(table: str, planned: PlannedRun, folder: Path) -> dict[str, Any]:
     _, recipe = load_recipe(folder / RECIPE_FILE)
     both = config | metrics  # older runs have some values in one of them only
     try:
-        finished = datetime.fromisoformat(config["started"]) + timedelta(seconds=both["seconds"])
+        finished = _finished(config, metrics)
         found = {
             "arm": planned.arm.label,
             "recipe": planned.arm.recipe,
@@ -121,6 +99,13 @@ def entry(table: str, planned: PlannedRun, folder: Path) -> dict[str, Any]:
     found["post_hoc"] = {file.stem.removeprefix("posthoc-"): _scores(file) for file in files}
     found["elm"] = _elm(folder) if table.startswith(_ELM_TABLES) else None
     return {name: value if name == "recipe_fields" else _rounded(value) for name, value in found.items()}
+
+
+def _finished(config: dict[str, Any], metrics: dict[str, Any]) -> datetime:
+    started = datetime.fromisoformat(config["started"])
+    if "finished" in metrics:
+        return datetime.fromisoformat(metrics["finished"])
+    return started + timedelta(seconds=metrics["seconds"])  # older runs: both are of the last part
 
 
 def check_hash(folder: Path, metrics: dict[str, Any], planned: PlannedRun) -> None:
@@ -224,18 +209,8 @@ def load(file: Path) -> Results:
     if not isinstance(runs, dict):
         raise TrainerError(f"{file}: no results of a table, no runs in it")
     for name, values in runs.items():
-        _check_entry(f"{file}: runs.{name}", values)
+        check_entry(f"{file}: runs.{name}", values)
     return content
-
-
-def _check_entry(where: str, values: Any) -> None:
-    if not isinstance(values, dict):
-        raise TrainerError(f"{where}: expected fields, got {type(values).__name__}")
-    for name, kind in _FIELDS.items():
-        if name not in values:
-            raise TrainerError(f"{where}: no field {name!r}")
-        if not isinstance(values[name], kind) or isinstance(values[name], bool):
-            raise TrainerError(f"{where}.{name}: {type(values[name]).__name__} is not the type of it")
 
 
 def save(file: Path, results: Results) -> None:

@@ -112,8 +112,8 @@ def run_table(options: TableOptions, console: Console) -> int:
         entry = results.entry(options.name, run, options.runs / run.name)
         results.store(file, {"table": options.name, "tier": options.tier, "runs": {run.recipe.hash: entry}})
 
-    which = "runs that are not stored yet" if options.missing else "runs"
-    say(f"{table.title}, tier {options.tier}: {len(planned)} {which}, in {options.runs}")
+    which = " that are not stored yet" if options.missing else ""
+    say(f"{table.title}, tier {options.tier}: runs{which}: {len(planned)}, in {options.runs}")
     queue = Queue(planned, options, say, on_finished)
     with stop_signals() as received:
         queue.work(received)
@@ -329,11 +329,15 @@ class Queue:
 
     def _stop(self, why: str) -> None:
         if self._running:
-            self._say(f"{why}: {len(self._running)} runs are told to save a checkpoint")
+            self._say(f"{why}: {_runs(len(self._running))} told to save a checkpoint")
         elif self._waiting:
-            self._say(f"{why}: {len(self._waiting)} runs are left for the next time")
+            self._say(f"{why}: {_runs(len(self._waiting))} left for the next time")
         for job in self._running:
             job.process.terminate()
+
+
+def _runs(count: int) -> str:
+    return f"{count} run{'s are' if count != 1 else ' is'}"
 
 
 def next_stage(planned: PlannedRun, folder: Path) -> str | None:

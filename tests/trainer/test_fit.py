@@ -221,7 +221,7 @@ def test_a_loss_that_is_not_finite_names_step_and_batch(tmp_path, evaluate_every
 
 def test_a_checkpoint_of_another_recipe_is_refused(tmp_path):
     fit = trained(tiny_recipe(), tmp_path)
-    with pytest.raises(TrainerError, match=f"recipe {fit.recipe.hash}; expected 1 and"):
+    with pytest.raises(TrainerError, match=f"recipe {fit.recipe.hash}; expected 2 and"):
         make_fit(tiny_recipe(seed=3)).restore(fit.state())
 
 
@@ -234,10 +234,12 @@ def test_a_request_to_stop_saves_and_the_rest_gives_the_same_bits(tmp_path):
         first.run(checkpoints, stop_requested=lambda: first.step == 7)
     assert [file.name for file in checkpoints.files()] == ["checkpoint-00000007.pt"]
     second = make_fit(recipe)
-    second.restore(checkpoints.load())
+    second.restore(checkpoints.load() | {"seconds": 1000.0})
     second.run(checkpoints)
     assert_same(weights(second), weights(whole))
     assert second.history == whole.history
+    assert 1000 < second.seconds < 1000 + 60 and 0 < whole.seconds < 60  # the time of all parts
+    assert second.state()["seconds"] > 1000
 
 
 def test_parts_of_a_batch_add_up_to_the_whole():
@@ -383,7 +385,8 @@ def test_a_signal_saves_and_resume_goes_on(number, status, tmp_path, monkeypatch
     assert "going on after step 9 of 12" in capsys.readouterr().out
     assert_same(read_weights(tmp_path / "run"), read_weights(tmp_path / "whole"))
     assert (tmp_path / "run" / "log.csv").read_text() == (tmp_path / "whole" / "log.csv").read_text()
-    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["resumed_from"] == 9
+    metrics, config = (json.loads((tmp_path / "run" / f"{name}.json").read_text()) for name in ("metrics", "config"))
+    assert metrics["resumed_from"] == 9 and metrics["finished"] >= config["started"]
 
 
 def test_a_second_interrupt_interrupts_at_once():

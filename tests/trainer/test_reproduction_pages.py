@@ -308,6 +308,10 @@ def test_running_means():
 def test_no_results_say_so(tmp_path):
     out = io.StringIO()
     options = ReportOptions(results=tmp_path / "nothing", out=tmp_path / "out")
+    with pytest.raises(TrainerError, match="results: no such folder: .*nothing"):  # a slip must not empty the pages
+        run_report(options, Console(file=out, width=200))
+    assert not options.out.exists()
+    options.results.mkdir()
     assert run_report(options, Console(file=out, width=200)) == 0
     assert "no results in" in out.getvalue()
     for name in ("supervised", "elm"):
@@ -388,6 +392,7 @@ def test_damaged_results(tmp_path, damage):
 def test_damaged_folders(tmp_path):
     with pytest.raises(TrainerError, match="runs: no such folder"):
         report(tmp_path, runs=tmp_path / "runs")
+    (tmp_path / "results").mkdir()
     (tmp_path / "out").write_text("a file")
     with pytest.raises(TrainerError, match="cannot write"):
         report(tmp_path)

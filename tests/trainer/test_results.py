@@ -18,6 +18,7 @@ from ltkernels.trainer.cli import main  # noqa: E402
 from ltkernels.trainer.image_recipes import ImageRecipe  # noqa: E402
 from ltkernels.trainer.metrics import Outputs  # noqa: E402
 from ltkernels.trainer.papers.elm_measures import measure  # noqa: E402
+from ltkernels.trainer.results_check import FIELDS  # noqa: E402
 from ltkernels.trainer.tables import Arm, PlannedRun, Table  # noqa: E402
 
 PLANNED = PlannedRun(Arm("CE", "tiny-ce"), tiny_recipe())
@@ -48,7 +49,7 @@ def six_digits(value):
 def test_what_is_stored_of_a_run(folder):
     entry = results.entry("supervised-tiny", PLANNED, folder)
     metrics, config = json_of(folder / "metrics.json"), json_of(folder / "config.json")
-    assert set(entry) == set(results._FIELDS)
+    assert set(entry) == set(FIELDS)
     assert ImageRecipe.from_dict(entry["recipe_fields"]).hash == PLANNED.recipe.hash
     assert (entry["arm"], entry["recipe"], entry["tier"]) == ("CE", "tiny-ce", "12 steps of 16")
     assert (entry["seed"], entry["subset_seed"], entry["counts"]) == (0, 0, list(COUNTS))
@@ -187,6 +188,17 @@ def test_two_at_once_lose_nothing(entry, tmp_path):
     assert len(results.load(file)["runs"]) == 12
 
 
+def change(*path, value):
+    def edit(content):
+        *outer, name = path
+        fields = content["runs"]["a"]
+        for key in outer:
+            fields = fields[key]
+        fields[name] = value
+
+    return edit
+
+
 def without(name):
     return lambda content: content["runs"]["a"].pop(name)
 
@@ -199,8 +211,16 @@ def without(name):
         (lambda content: content["runs"].update(a=[]), "runs.a: expected fields, got list"),
         (without("last"), "runs.a: no field 'last'"),
         (without("elm"), "runs.a: no field 'elm'"),
-        (lambda content: content["runs"]["a"].update(seconds="9"), "runs.a.seconds: str is not the type of it"),
-        (lambda content: content["runs"]["a"].update(seed=True), "runs.a.seed: bool is not"),
+        (change("seconds", value="9"), "runs.a.seconds: expected a number, got str"),
+        (change("seed", value=True), "runs.a.seed: expected an integer, got bool"),
+        (change("counts", value=[5]), "runs.a.last.per_class: expected 1 numbers, got "),
+        (change("last", "overall", value="abc"), "runs.a.last.overall: expected a number, got str"),
+        (change("best", "overall", value=float("nan")), "runs.a.best.overall: expected a finite number, got nan"),
+        (change("last", "ece", value=None), "runs.a.last.ece: expected a number, got NoneType"),
+        (change("last", "per_class", value=[1.0]), "runs.a.last.per_class: expected [0-9]+ numbers, got 1"),
+        (change("calibration", "count", value=["a"] * 15), "runs.a.calibration.count: expected a number, got str"),
+        (change("calibration", "count", value=[1]), "runs.a.calibration.count: expected 15 numbers, got 1"),
+        (change("post_hoc", "lws", value={}), "runs.a.post_hoc.lws: no field 'overall'"),
     ],
 )
 def test_a_damaged_file_is_told_and_left_alone(entry, tmp_path, edit, message):

@@ -122,7 +122,7 @@ def test_only_runs_that_are_not_stored(capsys):
     assert len(held["runs"]) == 2
     # Another machine: the results are there, the folders of the runs are not.
     assert table("--missing", "--runs", "elsewhere") == 0
-    assert "2 runs that are not stored yet, in elsewhere" in capsys.readouterr().out
+    assert "runs that are not stored yet: 2, in elsewhere" in capsys.readouterr().out
     names = {line.split()[1] for line in Path("elsewhere/calls").read_text().splitlines()}
     assert names == set(NAMES[2:]) and len(stored()) == 4
     assert table("--missing", "--runs", "a_third") == 0 and not Path("a_third").exists()
@@ -251,7 +251,7 @@ def test_a_signal_stops_the_queue(number, status, capsys):
     threading.Thread(target=send, daemon=True).start()
     assert table() == status
     out = capsys.readouterr().out
-    assert "signal: 1 runs are told to save a checkpoint" in out and calls() == [("train", NAMES[0])]
+    assert "signal: 1 run is told to save a checkpoint" in out and calls() == [("train", NAMES[0])]
     assert (Path("runs") / NAMES[0] / "checkpoint-00000007.pt").is_file()
 
 

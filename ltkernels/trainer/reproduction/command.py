@@ -39,10 +39,12 @@ def run_report(options: ReportOptions, console: Console) -> int:
     """Write the pages and their pictures; files that would not change are left alone. Returns the exit status, 0.
 
     Raises:
-        TrainerError: a file of results is damaged, or a page cannot be written.
+        TrainerError: there is no folder of results, a file in it is damaged, or a page cannot be written.
     """
     if options.runs is not None and not options.runs.is_dir():
         raise TrainerError(f"runs: no such folder: {options.runs}")
+    if not options.results.is_dir():
+        raise TrainerError(f"results: no such folder: {options.results} (run it in the root of the repository)")
     inputs = Inputs.load(options.results, options.out, options.runs)
     if not inputs.stored:
         console.print(f"no results in {options.results}: the pages say so", highlight=False, markup=False)

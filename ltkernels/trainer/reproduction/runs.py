@@ -273,4 +273,10 @@ def read(file: Path, table: str, tier: Tier) -> list[StoredRun]:
         missing = [field for field in (*_OF_THE_SECTION, "long_tail") if field not in values["recipe_fields"]]
         if missing:
             raise TrainerError(f"{file}: runs.{name}.recipe_fields: no field {missing[0]!r}")
-    return [StoredRun(name, values) for name, values in content["runs"].items()]
+    found = [StoredRun(name, values) for name, values in content["runs"].items()]
+    for run in found:
+        try:
+            _ = run.measures
+        except TrainerError as error:
+            raise TrainerError(f"{file}: runs.{run.hash}.elm: {error}") from error
+    return found
