@@ -317,7 +317,8 @@ def test_no_results_say_so(tmp_path):
     for name in ("supervised", "elm"):
         page = (tmp_path / "out" / f"{name}.md").read_text()
         assert "There are no results yet" in page and "> **Not reproduced here**" in page
-        assert "ltkernels report\n" in page
+        command = "ltkernels report" if name == "supervised" else "ltkernels report --runs runs"  # for projections
+        assert f"{command}\n" in page
     assert "ltkernels table supervised-cifar100 --tier short" in (tmp_path / "out" / "supervised.md").read_text()
 
 

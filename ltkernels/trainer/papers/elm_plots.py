@@ -21,7 +21,7 @@ from ltkernels.trainer.report import mark_groups
 
 _COLOURS = ("#4d4d4d", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00")  # told apart by colour-blind readers
 _MARKERS = ("o", "s", "^", "D", "v", "P")
-_FEW_POINTS = 20  # classes that a line can join one by one; more are averaged in bins
+FEW_CLASSES = 20  # classes that a line can join one by one; more are averaged in bins
 _BINS = 10
 _EACH = 3  # head classes, and tail classes, of a projection
 _SHOWN = 200  # images of a class in a projection: more would hide each other
@@ -71,7 +71,7 @@ def _plot_method(axes: Axes, counts: np.ndarray, values: np.ndarray, title: str,
     order = np.argsort(-counts, kind="stable")
     x, mean = counts[order], values.mean(0)[order]
     line = dict(label=title, color=colour, marker=marker, markersize=5, linewidth=1.8)
-    if len(counts) <= _FEW_POINTS:
+    if len(counts) <= FEW_CLASSES:
         error = values.std(0, ddof=1)[order] / math.sqrt(len(values)) if len(values) > 1 else np.zeros_like(mean)
         axes.errorbar(x, mean, error, elinewidth=1, capsize=2, **line)
         return

@@ -15,7 +15,7 @@ from ltkernels.trainer.image_recipes import TIERS
 from ltkernels.trainer.methods import METHODS
 from ltkernels.trainer.metrics import FEW_BELOW, MANY_ABOVE, Outputs, shot_group
 from ltkernels.trainer.papers.elm_measures import GROUPS
-from ltkernels.trainer.papers.elm_plots import projection_picture, spread_picture
+from ltkernels.trainer.papers.elm_plots import FEW_CLASSES, projection_picture, spread_picture
 from ltkernels.trainer.report import EMPTY, markdown_table
 from ltkernels.trainer.reproduction.elm_claims import LARGEST_RATIO, Decision, decide, group_mean, tail_group
 from ltkernels.trainer.reproduction.inputs import Inputs, Page, arms_without_runs, without_runs
@@ -38,6 +38,7 @@ from ltkernels.trainer.tables import ELM_SEARCH, TABLES
 NAME = "elm"
 TUNING_PREFIX = "elm-tuning-"
 LOGIT_ONLY = "two-view-logit-adjustment"
+_REPORT = "ltkernels report --runs runs"  # the projections are drawn from the embeddings of the runs
 _MEASURES = {
     "spread": "spread",
     "relative_spread": "relative spread",
@@ -66,10 +67,10 @@ def page(inputs: Inputs) -> Page:
     ]
     if not sections and not tuned:
         lines += ["There are no results yet. These commands make them:", ""]
-        lines += commands((table, tier) for table in (*tuning, *tables) for tier in TIERS)
+        lines += commands(((table, tier) for table in (*tuning, *tables) for tier in TIERS), _REPORT)
         return Page("\n".join(lines))
     lines += [*_claims_fixed(), "## Commands", "", "Every number and picture of this page:", ""]
-    lines += commands(dict.fromkeys((section.table, section.stored_tier) for section in (*tuned, *sections)))
+    lines += commands(dict.fromkeys((section.table, section.stored_tier) for section in (*tuned, *sections)), _REPORT)
     pictures: dict[str, bytes] = {}
     for section, slug in zip(sections, slugs(sections), strict=True):
         lines += _section(section, slug, inputs, pictures, tuned)
@@ -317,6 +318,8 @@ def _pictures(section: Section, slug: str, inputs: Inputs, pictures: dict[str, b
         name = f"{slug}-spread.png"
         pictures[name] = spread_picture(measures)
         lines += [f"![Spread and relative spread of each class over its training images]({name})", ""]
+        if len(section.counts) <= FEW_CLASSES and max(map(len, measures.values())) > 1:
+            lines += ["Means over runs; bars are standard errors.", ""]
     name = f"{slug}-projection.png"
     drawn = _projection(section, inputs.runs)
     if drawn is not None:

@@ -68,6 +68,11 @@ def without_runs(inputs: Inputs, tables: list[str]) -> list[str]:
 
 
 def arms_without_runs(section: Section) -> list[str]:
-    """Labels of the arms of its table that the section has no run of."""
-    present = {run["arm"] for run in section.runs}
-    return [arm.label for arm in TABLES[section.table].arms if arm.label not in present]
+    """Labels of the arms of its table that the section has no run of, or not all that other arms have."""
+    pairs = {run.pair for run in section.runs}
+    missing = []
+    for arm in TABLES[section.table].arms:
+        own = {run.pair for run in section.runs if run["arm"] == arm.label}
+        if len(own) < len(pairs):
+            missing.append(f"{arm.label} ({len(own)} of {len(pairs)} runs)" if own else arm.label)
+    return missing

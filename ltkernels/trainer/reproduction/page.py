@@ -156,7 +156,7 @@ def folded_runs(section: Section) -> list[str]:
     return [f"<details><summary>{len(rows)} runs and their recipe hashes</summary>", "", table, "</details>", ""]
 
 
-def commands(tables: Iterable[tuple[str, str]]) -> list[str]:
+def commands(tables: Iterable[tuple[str, str]], report: str = "ltkernels report") -> list[str]:
     """The command lines that make the page, from nothing."""
     lines = [f"ltkernels table {table} --tier {tier}" for table, tier in tables]
-    return ["```", *lines, "ltkernels report", "```", ""]
+    return ["```", *lines, report, "```", ""]

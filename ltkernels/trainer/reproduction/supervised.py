@@ -280,7 +280,9 @@ def _pictures(section: Section, slug: str, pictures: dict[str, bytes]) -> list[s
         lines += [
             f"![Accuracy of each class by its training images: {baseline.title} against each other method]({name})",
             "",
-            "Last epoch, mean over runs; bands are standard errors.",
+            "Last epoch, mean over runs; bands are standard errors."
+            if any(len(line.runs) > 1 for line in section.lines)
+            else "Last epoch of one run each.",
             "",
         ]
     diagrams = [diagram for line in section.lines if (diagram := reliability(line)) is not None]
