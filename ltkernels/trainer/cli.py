@@ -29,6 +29,9 @@ from ltkernels.trainer.tuning import TuneOptions, run_search
 _TASKS = tuple(dict.fromkeys(name.removesuffix(f"-{recipe.method}") for name, recipe in IMAGE_RECIPES.items()))
 _COMPARISONS = {"train": (TrainOptions, run_training), "tune": (TuneOptions, run_search)}
 
+# Commands with options that help shows without the run or table they are for.
+_WITHOUT_SUBJECT = {"posthoc": ("RUN", PostHocOptions()), "table": ("TABLE", TableOptions(name="TABLE"))}
+
 USAGE = f"""usage: ltkernels {{{",".join(_COMPARISONS)}}} RECIPE [options]
        ltkernels train {{--from RUN/recipe.json,--resume RUN}} [options]
        ltkernels posthoc RUN [options]
@@ -85,11 +88,17 @@ def _status(arguments: list[str]) -> int:
 
 
 def _run(arguments: list[str]) -> int:
-    if not arguments or arguments[0] in ("-h", "--help") or arguments[1:2] in (["-h"], ["--help"]):
-        if arguments[:1] not in (["data"], ["pack"], ["report"]):  # their options depend on nothing else
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(USAGE, end="")
+        return 0
+    command, rest = arguments[0], arguments[1:]
+    if rest[:1] in (["-h"], ["--help"]):
+        if command in _COMPARISONS:  # their options depend on the recipe
             print(USAGE, end="")
             return 0
-    command, rest = arguments[0], arguments[1:]
+        if command in _WITHOUT_SUBJECT:
+            subject, options = _WITHOUT_SUBJECT[command]
+            _parse(type(options), f"{command} {subject}", rest, options)
     runners: dict[str, Callable[[list[str], str, Console], int]] = {
         "train": _train,
         "tune": _tune,
@@ -100,7 +109,7 @@ def _run(arguments: list[str]) -> int:
         "pack": _pack,
     }
     if command not in runners:
-        *others, last = [name for name in runners if name not in _COMPARISONS]
+        *others, last = [*(name for name in runners if name not in _COMPARISONS), "doctor"]
         raise TrainerError(
             f"unknown command {command!r}: expected train or tune with a recipe, {', '.join(others)} or {last}"
         )

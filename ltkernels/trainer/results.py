@@ -98,7 +98,9 @@ def entry(table: str, planned: PlannedRun, folder: Path) -> dict[str, Any]:
     files = sorted(folder.glob("posthoc-*.json"))
     found["post_hoc"] = {file.stem.removeprefix("posthoc-"): _scores(file) for file in files}
     found["elm"] = _elm(folder) if table.startswith(_ELM_TABLES) else None
-    return {name: value if name == "recipe_fields" else _rounded(value) for name, value in found.items()}
+    found = {name: value if name == "recipe_fields" else _rounded(value) for name, value in found.items()}
+    check_entry(str(folder), found)
+    return found
 
 
 def _finished(config: dict[str, Any], metrics: dict[str, Any]) -> datetime:

@@ -44,10 +44,10 @@ def train(folder, finished):
 
 
 def posthoc(folder, arguments):
-    assert (folder / "metrics.json").is_file()
+    last = json.loads((folder / "metrics.json").read_text())["last"]
     methods = arguments[arguments.index("--methods") + 1 : arguments.index("--accelerator")]
     for name in methods:
-        content = {"method": name, "scores": {"overall": 12.0, "per_class": [1.0, 2.0]}}
+        content = {"method": name, "scores": last | {"overall": 12.0}}
         (folder / f"posthoc-{name}.json").write_text(json.dumps(content))
     return 0
 

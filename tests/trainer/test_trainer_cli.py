@@ -180,7 +180,10 @@ def test_a_diverging_run_names_the_step_and_keeps_what_is_done(tmp_path, capsys)
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["fly"], "unknown command 'fly': expected train or tune"),
+        (
+            ["fly"],
+            "unknown command 'fly': expected train or tune with a recipe, posthoc, table, report, data, pack or doctor",
+        ),
         (["train"], "train: which recipe? known: digits"),
         (["train", "--seeds", "3"], "train: which recipe? known: digits"),
         (["train", "letters"], "unknown recipe 'letters': known are digits"),
@@ -207,6 +210,15 @@ def test_mistakes_are_explained_without_a_traceback(arguments, message, tmp_path
     assert message in " ".join((captured.err + captured.out).replace("│", " ").split())
     assert "Traceback" not in captured.err
     assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("command", "option"),
+    [("posthoc", "--norm-tau"), ("table", "--missing"), ("report", "--runs"), ("data", "--profile")],
+)
+def test_help_of_a_command_without_what_it_is_for(command, option, capsys):
+    assert main([command, "--help"]) == 0
+    assert option in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("arguments", [[], ["--help"], ["train", "--help"]])
