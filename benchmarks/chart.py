@@ -264,27 +264,23 @@ def _grouped(
 ) -> None:
     """A group of bars for each place, a bar for each name; places without a value stay empty."""
     width = 0.76 / max(1, len(bars))
+    places = max(map(len, values.values()), default=0)
+    # Side by side around their place, without gaps. On a logarithmic axis no bar can be of height 0.
+    there = [[name for name in bars if i < len(values[name]) and values[name][i]] for i in range(places)]
     label: str | None = mark
-    for k, (name, (text, color)) in enumerate(bars.items()):
-        left = [i + (k - (len(bars) - 1) / 2) * width for i in range(len(values[name]))]
-        # On a logarithmic axis no bar can be of height 0.
-        there = [(x, value) for x, value in zip(left, values[name], strict=True) if value]
-        axes.bar([x for x, _ in there], [value for _, value in there], width, color=color, label=text)
-        # At the foot of the bars, where no target crosses them; a logarithmic axis has no foot, and its targets are
-        # such that a bar that meets one ends below it.
-        foot = axes.get_yscale() == "linear"
-        look = dict(
-            ha="center",
-            va="bottom" if foot else "top",
-            fontsize=8 if foot else 7,
-            color="white" if color == BLUE else BLACK,
-        )
-        for x, value in there:
-            place, offset = ((x, 0), 3) if foot else ((x, value), -2)
-            axes.annotate(form.format(value), place, xytext=(0, offset), textcoords="offset points", **look)
-        for x, wanted in zip(left, marks.get(name, ()), strict=False):
+    for name, (text, color) in bars.items():
+        own = [i for i in range(places) if name in there[i]]
+        middle = {i: i + (there[i].index(name) - (len(there[i]) - 1) / 2) * width for i in own}
+        axes.bar([*middle.values()], [values[name][i] for i in own], width, color=color, label=text)
+        # At the foot of the bars, where no target crosses them.
+        look = dict(ha="center", va="bottom", fontsize=7, color="white" if color == BLUE else BLACK)
+        foot = dict(xycoords=axes.get_xaxis_transform(), xytext=(0, 3), textcoords="offset points")
+        for i in own:
+            number = form.format(values[name][i]) if values[name][i] < 100 else f"{values[name][i]:.0f}"
+            axes.annotate(number, (middle[i], 0), **foot, **look)
+            wanted = marks[name][i] if name in marks and i < len(marks[name]) else None
             if wanted:
-                axes.hlines(wanted, x - width / 2, x + width / 2, color=BLACK, linewidth=2, label=label)
+                axes.hlines(wanted, middle[i] - width / 2, middle[i] + width / 2, color=BLACK, linewidth=2, label=label)
                 label = None
 
 
