@@ -86,8 +86,8 @@ def _share_of_row(
     return torch.where(defined, u / torch.where(defined, total, 1.0), undefined), defined.squeeze(1)
 
 
-def _reduced(loss: Tensor, defined: Tensor, reduction: int) -> Tensor:
-    loss = loss.reshape(defined.shape[0], -1)
+def _reduced(loss: Tensor, rows: int, defined: Tensor, reduction: int) -> Tensor:
+    loss = loss.reshape(defined.shape[0], rows)
     if reduction == _NONE:
         return loss
     return torch.where(defined, loss.sum(1), torch.nan)
@@ -101,7 +101,7 @@ def _(info, in_dims, *args):
     folded, rows, defined = _fold(info, in_dims, args, undefined=0.0)
     loss, lse = _ops.margin_softmax(*folded)
     lse = lse.reshape(info.batch_size, rows) if return_lse else lse.new_empty((info.batch_size, 0))
-    return (_reduced(loss, defined, args[_REDUCTION]), lse), (0, 0)
+    return (_reduced(loss, rows, defined, args[_REDUCTION]), lse), (0, 0)
 
 
 @torch.library.register_vmap("ltkernels::margin_softmax_fwd")
@@ -113,7 +113,7 @@ def _(info, in_dims, *args):
     batch = info.batch_size
     loss, stats, grad = _ops.margin_softmax_fwd(*folded)
     grad = grad.reshape(batch, rows, -1) if with_grad else grad.new_empty((batch, 0))
-    loss = _reduced(loss, defined, args[_REDUCTION])
+    loss = _reduced(loss, rows, defined, args[_REDUCTION])
     return (loss, stats.reshape(3, batch, rows), grad), (0, 1, 0)
 
 

@@ -131,6 +131,15 @@ def test_vmap_shared_sample_weights_beside_a_problem_without_rows(ignored_weight
         assert gradient.isfinite().all()
 
 
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
+def test_vmap_over_problems_without_rows(reduction: str) -> None:
+    got = vmap(lambda x, y: LF.margin_cross_entropy(x, y, reduction=reduction))(
+        torch.ones(3, 0, C), torch.ones(3, 0).long()
+    )
+    expected = {"none": torch.ones(3, 0), "sum": torch.zeros(3), "mean": torch.full((3,), torch.nan)}[reduction]
+    torch.testing.assert_close(got, expected, equal_nan=True)
+
+
 def mean_of(logits: Tensor, target: Tensor, weight: Tensor) -> Tensor:
     """By F.cross_entropy over the rows that are kept."""
     kept = target != -100
