@@ -122,10 +122,14 @@ def _run(arguments: list[str]) -> int:
 def _train(arguments: list[str], command: str, console: Console) -> int:
     if arguments[:1] == ["--resume"]:
         path, rest = _path_of(arguments, "the folder of a run")
+        if path.is_file():
+            raise TrainerError(f"--resume: expected the folder of a run, got a file: {path}")
         options = _parse(ResumeOptions, f"train --resume {path}", rest, ResumeOptions())
         return resume_image_training(path, options, command, console)
     if arguments[:1] == ["--from"]:
         path, rest = _path_of(arguments, "the recipe.json of a run")
+        if path.is_dir():
+            raise TrainerError(f"--from: expected the recipe.json of a run, got a folder: {path}")
         name, recipe = load_recipe(path)
         return _train_images(name, recipe, f"train --from {path}", rest, command, console)
     name = _recipe_of("train", arguments, (*RECIPES, *IMAGE_RECIPES))
