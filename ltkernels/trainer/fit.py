@@ -349,7 +349,7 @@ class Fit:
     # State
 
     def state(self) -> dict[str, Any]:
-        """Everything that decides the steps to come, in tensors and plain values."""
+        """Everything that decides the steps to come, in tensors and plain values, and the time of those taken."""
         optimizer = self.optimizer.state_dict()
         for group in optimizer["param_groups"]:
             group["lr"] = float(group["lr"])
