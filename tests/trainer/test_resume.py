@@ -1,5 +1,6 @@
 """Runs that are killed at any moment, and runs of two processes: the same steps as one run left alone."""
 
+import gc
 import multiprocessing
 import os
 import random
@@ -175,6 +176,10 @@ def distributed_part(folder: str, rank: int, world: int, port: int, method: str,
             on_step=lambda step: gradients.append([p.grad.clone() for p in fit.network.parameters()]),
         )
         torch.save((gradients, fit.network.state_dict(), fit.history), Path(folder) / f"rank-{rank}.pt")
+        # Before the group: its last owner would else be DDP's reducer, whose end joins a thread of torch's with the GIL
+        # held, for which that thread may wait.
+        del fit
+        gc.collect()
         torch.distributed.destroy_process_group()
 
 
@@ -184,7 +189,7 @@ def test_two_processes_take_the_steps_of_one(method, mixing, tmp_path):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     processes = [
-        PROCESSES.Process(target=distributed_part, args=(str(tmp_path), rank, 2, port, method, mixing))
+        PROCESSES.Process(target=distributed_part, args=(str(tmp_path), rank, 2, port, method, mixing), daemon=True)
         for rank in range(2)
     ]
     for process in processes:
