@@ -166,21 +166,24 @@ def distributed_part(folder: str, rank: int, world: int, port: int, method: str,
         "TORCHELASTIC_RUN_ID": "test",
     }
     recipe = tiny_recipe(method, mixing=Mixing(mixing), **DISTRIBUTED)
-    data = load_tiny()
     with open_fabric(recipe.precision, "cpu") as fabric:
         assert fabric.world_size == world
-        fit = Fit(fabric, recipe, data, long_tailed_split(data, recipe.long_tail))
-        gradients = []
-        fit.run(
-            CheckpointFolder(Path(folder)),
-            on_step=lambda step: gradients.append([p.grad.clone() for p in fit.network.parameters()]),
-        )
-        torch.save((gradients, fit.network.state_dict(), fit.history), Path(folder) / f"rank-{rank}.pt")
-        # Before the group: its last owner would else be DDP's reducer, whose end joins a thread of torch's with the GIL
-        # held, for which that thread may wait.
-        del fit
+        torch.save(trained(fabric, recipe, folder), Path(folder) / f"rank-{rank}.pt")
+        # DDP goes before the process group: its reducer would else be the last owner, whose end joins a thread of torch's
+        # with the GIL held, for which that thread may wait.
         gc.collect()
         torch.distributed.destroy_process_group()
+
+
+def trained(fabric, recipe, folder):
+    data = load_tiny()
+    fit = Fit(fabric, recipe, data, long_tailed_split(data, recipe.long_tail))
+    gradients = []
+    fit.run(
+        CheckpointFolder(Path(folder)),
+        on_step=lambda step: gradients.append([p.grad.clone() for p in fit.network.parameters()]),
+    )
+    return gradients, fit.network.state_dict(), fit.history
 
 
 @pytest.mark.parametrize(("method", "mixing"), [("ce", "none"), ("class-balanced", "mixup")])
