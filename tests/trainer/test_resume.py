@@ -169,8 +169,8 @@ def distributed_part(folder: str, rank: int, world: int, port: int, method: str,
     with open_fabric(recipe.precision, "cpu") as fabric:
         assert fabric.world_size == world
         torch.save(trained(fabric, recipe, folder), Path(folder) / f"rank-{rank}.pt")
-        # DDP goes before the process group: its reducer would else be the last owner, whose end joins a thread of torch's
-        # with the GIL held, for which that thread may wait.
+        # DDP goes before the process group: its reducer would else be the last owner, whose end waits for a thread of
+        # torch's with the GIL held, for which that thread may wait.
         gc.collect()
         torch.distributed.destroy_process_group()
 
