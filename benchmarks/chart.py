@@ -263,7 +263,8 @@ def _grouped(
     mark: str = "target",
 ) -> None:
     """A group of bars for each place, a bar for each name; places without a value stay empty."""
-    width = 0.76 / max(1, len(bars))
+    many = len(bars) > 5
+    width = (0.9 if many else 0.76) / max(1, len(bars))
     places = max(map(len, values.values()), default=0)
     # Side by side around their place, without gaps. On a logarithmic axis no bar can be of height 0.
     there = [[name for name in bars if i < len(values[name]) and values[name][i]] for i in range(places)]
@@ -273,7 +274,7 @@ def _grouped(
         middle = {i: i + (there[i].index(name) - (len(there[i]) - 1) / 2) * width for i in own}
         axes.bar([*middle.values()], [values[name][i] for i in own], width, color=color, label=text)
         # At the foot of the bars, where no target crosses them.
-        look = dict(ha="center", va="bottom", fontsize=7, color="white" if color == BLUE else BLACK)
+        look = dict(ha="center", va="bottom", fontsize=6 if many else 7, color="white" if color == BLUE else BLACK)
         foot = dict(xycoords=axes.get_xaxis_transform(), xytext=(0, 3), textcoords="offset points")
         for i in own:
             number = form.format(values[name][i]) if values[name][i] < 100 else f"{values[name][i]:.0f}"
