@@ -180,3 +180,10 @@ def test_memory(run_python: Callable[..., str]) -> None:
     """Beyond inputs and gradients, a small part of the logits, whichever pass computes the gradients."""
     shares = json.loads(run_python("-c", MEMORY))
     assert max(shares) < 0.25, shares
+
+
+def test_a_weight_for_each_sample_of_positions() -> None:
+    """(N,) for targets (N, d1), as in the row operation."""
+    x, w, y, u = randn(2, 3, D), randn(C, D, seed=1), torch.zeros(2, 3, dtype=torch.int64), torch.tensor([1.0, 3.0])
+    got = LF.linear_margin_cross_entropy(x, w, y, sample_weight=u)
+    torch.testing.assert_close(got, LF.margin_cross_entropy((x @ w.T).movedim(-1, 1), y, sample_weight=u))
