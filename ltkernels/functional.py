@@ -7,6 +7,7 @@ devices are checked inside the operator, so that every backend answers bad input
 from __future__ import annotations
 
 import math
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -215,8 +216,8 @@ def _with_prior(logit_bias: Tensor | None, prior_counts: Tensor, tau: float, cla
     if not isinstance(prior_counts, Tensor) or prior_counts.shape != (classes,):
         found = tuple(prior_counts.shape) if isinstance(prior_counts, Tensor) else type(prior_counts).__name__
         raise ValueError(f"prior_counts: expected a Tensor of shape ({classes},), got {found}")
-    if isinstance(tau, Tensor):  # the dispatcher would take it for a number, and its gradient would be lost
-        raise TypeError("tau: expected a number, got Tensor")
+    if not isinstance(tau, Real):  # a 0-d tensor the dispatcher would take for a number, and lose its gradient
+        raise TypeError(f"tau: expected a number, got {type(tau).__name__}")
     if not -math.inf < tau < math.inf:
         raise ValueError(f"tau: expected a finite number, got {tau}")
     prior = (_ops.log_prior if is_compiling() else _ops.log_prior_direct)(prior_counts, tau)

@@ -19,11 +19,12 @@ from __future__ import annotations
 
 from typing import Unpack
 
+import torch
 from torch import Tensor
 
 from ltkernels import margins as M
 from ltkernels._auxiliary_loss import NeighborSilencingLoss
-from ltkernels._checks import ClassCounts, number
+from ltkernels._checks import ClassCounts, kind_of, number
 from ltkernels._contrastive_keys import BalancedContrastiveLoss, ISogCLRLoss, MACLLoss, MoCoLoss
 from ltkernels._contrastive_loss import NTXentLoss, SupConLoss, TemperatureContrastiveLoss, TemperatureScheduledLoss
 from ltkernels._cosine_linear import CosineLinear
@@ -189,8 +190,8 @@ class EqualizationLoss(MarginCrossEntropyLoss):
         """The loss of logits (N, C) and class indices (N,); a class is left out where ``mask`` or the draw says so."""
         drawn = M.equalization_mask(target, self.tail, self.gamma)
         if mask is not None:  # (C,) or (N, C) as well: classes are dimension 1 of the draw
-            if not isinstance(mask, Tensor):
-                raise TypeError(f"mask: expected a Tensor or None, got {type(mask).__name__}")
+            if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+                raise TypeError(f"mask: expected a boolean Tensor or None, got {kind_of(mask)}")
             shapes = [tuple(shape) for shape in (drawn.shape[1:2], drawn.shape[:2], drawn.shape)]
             if mask.shape not in shapes:
                 expected = " or ".join(map(str, dict.fromkeys(shapes)))

@@ -83,6 +83,14 @@ BAD: list[tuple[dict, type[Exception], tuple[str, ...]]] = [
         ({"prior_counts": replaced(COUNTS, 3, x)}, ValueError, ("prior_counts", "above 0", f"got {x:g} for class 3"))
         for x in (0.0, -2.0, NAN, float("inf"))
     ),
+    *(
+        ({"prior_counts": COUNTS, "tau": x}, ValueError, ("tau", "expected a finite number", f"got {x}"))
+        for x in (NAN, INF, -INF)
+    ),
+    *(
+        ({"prior_counts": COUNTS, "tau": x}, TypeError, ("tau", "expected a number", f"got {type(x).__name__}"))
+        for x in (torch.tensor(1.0), torch.tensor(1.0, requires_grad=True), "1", None, [1.0])
+    ),
     ({"prior_counts": torch.zeros(K, dtype=torch.long)}, ValueError, ("prior_counts", "for class 0")),
     ({"prior_counts": torch.ones(K, dtype=torch.bool)}, ValueError, ("prior_counts", "real numbers")),
     ({"target": replaced(TARGET, 1, K)}, IndexError, ("target", "[0, 9)", "got 9 at row 1")),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import importlib.util
 import os
 import subprocess
@@ -62,3 +63,17 @@ def test_train_without_extras_says_what_to_install(monkeypatch, capsys, missing)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == missing else found(name))
     assert cli.main(["train", "digits"]) == 2
     assert missing in capsys.readouterr().err
+
+
+def test_interrupt_while_the_trainer_is_imported(monkeypatch, capsys):
+    """Its imports take seconds: an interrupt there ends like one of a run, without a traceback."""
+
+    def interrupt(name, *arguments):
+        if name == "ltkernels.trainer" and "cli" in arguments[2]:
+            raise KeyboardInterrupt
+        return imported(name, *arguments)
+
+    imported = builtins.__import__
+    monkeypatch.setattr(builtins, "__import__", interrupt)
+    assert cli.main(["train", "digits"]) == 130
+    assert capsys.readouterr().err == "interrupted\n"

@@ -306,6 +306,15 @@ def test_set_epoch_without_schedule_does_nothing() -> None:
             "^margins: expected ltkernels.margins.Margins, got list",
         ),
         (lambda: lnn.MarginCrossEntropyLoss(M.ldam(COUNTS), scale=3), ValueError, "^scale: set in both"),
+        *(
+            (lambda r=r: lnn.MarginCrossEntropyLoss(reduction=r), ValueError, f"^reduction: .*'mean'.*got {r!r}$")
+            for r in ("average", None, 1)
+        ),
+        *(
+            (lambda e=e: lnn.VSLoss(COUNTS, 0.1, 1.0, label_smoothing=e), ValueError, rf"^label_smoothing: .*got {e}$")
+            for e in (-0.1, 1.5, float("nan"))
+        ),
+        (lambda: lnn.LDAMLoss(COUNTS, label_smoothing=torch.tensor(0.1)), TypeError, "^label_smoothing: expected a nu"),
         (
             lambda: lnn.MarginCrossEntropyLoss(logit_bias=torch.ones(3, requires_grad=True)),
             ValueError,
@@ -319,6 +328,22 @@ def test_set_epoch_without_schedule_does_nothing() -> None:
 def test_errors(make: Callable, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         make()
+
+
+@pytest.mark.parametrize(
+    ("mask", "error", "message"),
+    [
+        (torch.ones(4, dtype=torch.bool), ValueError, r"^mask: expected shape \(5,\) or \(16, 5\), got \(4,\)$"),
+        (torch.ones(5, 16, dtype=torch.bool), ValueError, r"^mask: expected shape .*got \(5, 16\)$"),
+        (torch.tensor(True), ValueError, r"^mask: expected shape .*got \(\)$"),
+        ([True] * 5, TypeError, "^mask: expected a boolean Tensor or None, got list$"),
+        (torch.ones(5), TypeError, "^mask: expected a boolean Tensor or None, got torch.float32$"),
+        (torch.ones(5, dtype=torch.uint8), TypeError, "^mask: .*got torch.uint8$"),
+    ],
+)
+def test_equalization_mask_errors(mask: object, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        lnn.EqualizationLoss(COUNTS, threshold=0.05, gamma=0.9)(*batch(), mask=mask)
 
 
 # CosineLinear
