@@ -75,6 +75,12 @@ def _head(results: Results) -> str:
     smoke = "\n\n**A smoke run: the numbers mean nothing.**" if m.get("quick") else ""
     rounds = min(v["rounds"] for case in results.cases.values() for v in case["variants"].values())
     workers = min(WORKERS, m["cores"])
+    # The default of torch: float32 convolutions, but no other products.
+    tf32 = (
+        " On this GPU torch computes float32 convolutions in TF32, which both loops leave on but for the check."
+        if m["device"] == "cuda"
+        else ""
+    )
     real = measurement.images == "cifar100-lt"
     images = "" if real else " The images are synthetic, of the number, size and classes of CIFAR-100-LT."
     return (
@@ -85,14 +91,15 @@ def _head(results: Results) -> str:
         "the loops take turns block by block, in a new random order each round, and a block begins with steps that "
         "are not timed. How many times faster a loop is, is the median of the ratios within the rounds. "
         f"`~` marks an interquartile range above {NOISY:.0%} of the median. An epoch is "
-        f"{measurement.steps} steps; evaluation and, in the plain loop, the start of the workers are not in it.\n\n"
+        f"{measurement.steps} steps; evaluation is not in it. The plain loop starts its workers anew every epoch, which "
+        "is in the time of the blocks in which an epoch ends.\n\n"
         f"The plain loop is written after LDAM's repository: {workers} worker processes crop, flip and normalise PIL "
         "images one by one, contiguous float32 tensors, SGD as torch chooses it, the loss by a one-hot mask, loss and "
         "accuracies read after every step. Before anything is timed, each loop's loss and gradients of a batch "
         "without augmentation are held against the definition in float64 from the same initial weights, and its crops "
         "and flips against the definition and the uniform distribution. The loops in float32 are also computed in "
         "float64, where they agree with the definition to 1e-7; in float32 a few activations at the kink of a ReLU "
-        "move the gradient."
+        "move the gradient." + tf32
     )
 
 

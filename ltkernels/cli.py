@@ -29,7 +29,7 @@ def main(argv: list[str] | None = None) -> int:
         print(_USAGE, end="")
         return 0
     if argv[0] == "--version":
-        print(f"ltkernels {metadata.version('ltkernels')}")
+        print(f"ltkernels {_version()}")
         return 0
     if argv[0] == "doctor":
         return doctor()
@@ -53,11 +53,18 @@ def _trainer_modules() -> tuple[str, ...]:
     return ("lightning_fabric", "torchmetrics", "tyro", "rich", "matplotlib", "sklearn", "scipy", "PIL")
 
 
+def _version() -> str:
+    try:
+        return metadata.version("ltkernels")
+    except metadata.PackageNotFoundError:  # `make build` makes it importable from its folder
+        return "of this folder, not installed"
+
+
 def doctor() -> int:
     """Prints versions, the backend of each device with the reason, and whether a real call ran the kernel it names."""
     import torch
 
-    print(f"ltkernels  {metadata.version('ltkernels')}")
+    print(f"ltkernels  {_version()}")
     print(f"python     {platform.python_version()} on {platform.system()} {platform.machine()}")
     print(f"torch      {torch.__version__}")
     try:

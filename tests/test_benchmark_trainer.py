@@ -144,6 +144,29 @@ def test_a_wrong_loop_fails_alone(task, monkeypatch, one_thread):
     assert results["ours"].failure is None and len(results["ours"].samples) == 2
 
 
+def test_a_loop_that_breaks_off_fails_alone(task, monkeypatch, one_thread):
+    monkeypatch.setattr(trainer, "WARM_STEPS", 1)
+    block, calls = PlainLoop.block, []
+
+    def breaking(loop, warm, timed):
+        calls.append(timed)
+        if len(calls) == 2:  # the first is before the rounds
+            raise RuntimeError("out of memory")
+        return block(loop, warm, timed)
+
+    monkeypatch.setattr(PlainLoop, "block", breaking)
+    results = trainer.measure([ROWS["plain"], ROWS["ours"]], task, "cpu", Effort(0, 2, 2), SIZE)
+    assert str(results["plain"].failure) == "out of memory" and not results["plain"].samples and len(calls) == 2
+    assert results["ours"].failure is None and len(results["ours"].samples) == 2
+
+
+def test_the_check_is_in_float32(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    with trainer.float32_convolutions():
+        assert not torch.backends.cudnn.allow_tf32
+    assert torch.backends.cudnn.allow_tf32
+
+
 # ----------------------------------------------------------------------------------------------------------- measuring
 
 

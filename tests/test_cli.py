@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import importlib.metadata
 import importlib.util
 import os
 import subprocess
@@ -34,6 +35,15 @@ def test_doctor_names_the_kernel_that_ran():
     assert done.returncode == 0, done.stderr
     (line,) = [line for line in done.stdout.splitlines() if line.startswith("cpu ")]
     assert "margin_softmax" in line and line.endswith(": ok")
+
+
+def test_a_folder_that_is_not_installed_has_no_version(monkeypatch, capsys):
+    def version(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out == "ltkernels of this folder, not installed\n"
 
 
 def test_doctor_shows_a_lowered_capability():

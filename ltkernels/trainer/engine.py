@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 from lightning_fabric import Fabric, seed_everything
+from lightning_fabric.plugins.environments import LightningEnvironment
 from torch import Tensor
 from torch.optim import SGD
 from torch.optim.lr_scheduler import LambdaLR
@@ -63,7 +64,10 @@ def fabric_for(recipe: Recipe, accelerator: str) -> Iterator[Fabric]:
         TrainerError: this machine has no such accelerator, or it does not know the precision.
     """
     try:
-        fabric = Fabric(accelerator=accelerator, devices=1, precision=recipe.precision)
+        # Named: finding out the environment asks mpi4py, which fails where it is installed without a library of MPI.
+        fabric = Fabric(
+            accelerator=accelerator, devices=1, precision=recipe.precision, plugins=[LightningEnvironment()]
+        )
         fabric.launch()
     except (RuntimeError, ValueError) as error:
         raise TrainerError(f"accelerator {accelerator!r} with precision {recipe.precision!r}: {error}") from error

@@ -390,7 +390,12 @@ class Fit:
         self._losses[: len(state["losses"])] = state["losses"].to(self._losses.device)
         self.history = list(state["history"]) if self.fabric.is_global_zero else []
         for name, generator in self._generators.items():
-            generator.set_state(state["generators"][name])
+            try:
+                generator.set_state(state["generators"][name])
+            except RuntimeError as error:  # a GPU's random numbers are others
+                raise TrainerError(
+                    f"the checkpoint is of a run on another kind of device, expected {self.fabric.device.type}: {error}"
+                ) from error
         _restore_global_generators(state["generators"], self.fabric.device)
 
 

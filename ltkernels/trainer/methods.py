@@ -43,7 +43,7 @@ class Objective(nn.Module):
         network: Gives logits (N, C).
         loss: Of logits and class indices, a mean over the samples.
 
-    Shape: images (N, ...), ``target`` and ``other`` (N,) int64, ``coefficients`` (2,) float32; the loss is 0-d.
+    Shape: images (N, ...), ``target`` and ``other`` (N,) int64; the loss is 0-d, with ``other`` the losses are (2,).
     """
 
     def __init__(self, network: nn.Module, loss: nn.Module) -> None:
@@ -56,17 +56,11 @@ class Objective(nn.Module):
         """The loss of the logits: its scale, weights and schedule."""
         return self.loss
 
-    def forward(
-        self, images: Tensor, target: Tensor, other: Tensor | None = None, coefficients: Tensor | None = None
-    ) -> Tensor:
-        """``coefficients[0]`` times the loss for ``target``, plus ``coefficients[1]`` times that for ``other``."""
+    def forward(self, images: Tensor, target: Tensor, other: Tensor | None = None) -> Tensor:
+        """The loss for ``target``, or those for ``target`` and ``other``."""
         logits = self.network(images)
         loss = self.loss(logits, target)
-        if coefficients is None:
-            return loss
-        if other is None:
-            return coefficients[0] * loss
-        return coefficients[0] * loss + coefficients[1] * self.loss(logits, other)
+        return loss if other is None else torch.stack([loss, self.loss(logits, other)])
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """What the optimiser updates; a group may have a weight decay of its own."""
@@ -88,18 +82,14 @@ class EmbeddingObjective(Objective):
     def criterion(self) -> MarginCrossEntropyLoss:
         return self.loss.logit_loss
 
-    def forward(
-        self, images: Tensor, target: Tensor, other: Tensor | None = None, coefficients: Tensor | None = None
-    ) -> Tensor:
-        """The loss; an image's part of it depends on the whole batch, so that nothing else can be given.
+    def forward(self, images: Tensor, target: Tensor, other: Tensor | None = None) -> Tensor:
+        """The loss; an image's part of it depends on the whole batch.
 
         Raises:
-            ValueError: ``other`` or ``coefficients`` are given.
+            ValueError: ``other`` is given.
         """
-        if other is not None or coefficients is not None:
-            raise ValueError(
-                "other, coefficients: the embedding loss is that of a whole batch, neither mixed nor divided"
-            )
+        if other is not None:
+            raise ValueError("other: the embedding loss is that of a whole batch and cannot be mixed")
         embedding = self.network.features(images)
         return self.loss(self.network.classifier(embedding), embedding, target)
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
 from ltkernels.nn import MarginCrossEntropyLoss
+from ltkernels.trainer import TrainerError
 from ltkernels.trainer.image_recipes import ImageRecipe
 
 # Steps before a capture: libraries choose algorithms and allocate workspaces in the first ones.
@@ -26,7 +27,8 @@ class Batch:
         images: (B, C, H, W) float32, augmented and mixed.
         target: (B,) int64.
         other: (B,) int64 classes of the images that were mixed in, or None.
-        coefficients: (2,) float32 of the losses for ``target`` and ``other``; None: the plain loss.
+        coefficients: (2,) float32 of the losses for ``target`` and ``other``; None: the plain loss. They stay outside
+            of the module, whose floating inputs mixed precision rounds to 16 bits.
     """
 
     images: Tensor
@@ -36,6 +38,11 @@ class Batch:
 
     def arguments(self) -> tuple[Tensor | None, ...]:
         return self.images, self.target, self.other, self.coefficients
+
+    def loss(self, module: nn.Module) -> Tensor:
+        """Of the batch, 0-d, by an :class:`~ltkernels.trainer.methods.Objective`."""
+        losses = module(self.images, self.target, self.other)
+        return losses if self.coefficients is None else (self.coefficients[: losses.numel()] * losses).sum()
 
     def part(self, rank: int, world: int, criterion: MarginCrossEntropyLoss) -> Batch:
         """The part of process ``rank`` of ``world``.
@@ -97,7 +104,7 @@ class EagerStep:
 
     def __call__(self, batch: Batch) -> Tensor:
         """Train on a batch; its loss, 0-d on the device and without a graph."""
-        loss = self.module(*batch.arguments())
+        loss = batch.loss(self.module)
         self.optimizer.zero_grad()
         self.fabric.backward(loss)
         self.optimizer.step()
@@ -155,6 +162,12 @@ class GraphedStep:
         # Without gradients at the start the captured backward pass writes them; with them it would add to them.
         self._eager.optimizer.zero_grad(set_to_none=True)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self._loss = self._eager(self._batch)
+        try:
+            # "thread_local": other threads, such as one that pins batches for a loader, may go on.
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                self._loss = self._eager(self._batch)
+        except RuntimeError as error:
+            raise TrainerError(
+                f"the step could not be captured in a CUDA graph; --no-cuda-graph trains without one: {error}"
+            ) from error
         self._graph = graph

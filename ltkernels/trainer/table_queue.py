@@ -72,6 +72,8 @@ class TableOptions:
     """Folder with the data sets or packs of them; default: the one that LTKERNELS_DATA names, else data."""
     accelerator: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Device, in the words of lightning-fabric."""
+    cuda_graph: bool = True
+    """On a GPU, replay a step as one CUDA graph; without, the same training takes longer."""
     results: Path | None = None
     """File that the results are merged into; default: docs/reproduction/results/NAME-TIER.json."""
 
@@ -273,6 +275,7 @@ class Queue:
         command = [*PROGRAM, *_arguments(job), "--accelerator", options.accelerator]
         if job.stage == "train":
             command += ["--threads", str(threads), "--no-tensorboard"]
+            command += [] if options.cuda_graph else ["--no-cuda-graph"]
         if options.data_root is not None:
             command += ["--data-root", str(options.data_root)]
         with (job.folder / LOG_FILE).open("ab") as log:

@@ -152,7 +152,7 @@ def test_what_cannot_be_divided_or_mixed_is_refused():
     assert isinstance(fit.objective, EmbeddingObjective)
     batch = fit._batch(fit._start_epoch(0)[:16])
     with pytest.raises(ValueError, match="whole batch"):
-        fit.objective(batch.images, batch.target, None, torch.ones(2))
+        fit.objective(batch.images, batch.target, batch.target)
     fit.fabric = types.SimpleNamespace(world_size=2)
     with pytest.raises(TrainerError, match=r"devices: ELM \(A\) contrasts"):
         fit._check_objective()

@@ -250,11 +250,11 @@ def test_parts_of_a_batch_add_up_to_the_whole():
     objective = fit.objective
     objective.network = torch.nn.Identity()
     for batch in (Batch(logits, target), Batch(logits, target, other, torch.tensor([0.3, 0.7]))):
-        whole = objective(*batch.arguments())
+        whole = batch.loss(objective)
         for world in (2, 3):
             parts = [batch.part(rank, world, objective.criterion) for rank in range(world)]
             assert sorted(len(part.target) for part in parts) == sorted(len(target[r::world]) for r in range(world))
-            mean = sum(objective(*part.arguments()) for part in parts) / world
+            mean = sum(part.loss(objective) for part in parts) / world
             torch.testing.assert_close(mean, whole)
 
 

@@ -154,6 +154,15 @@ def test_fields_of_the_machine_do_not_divide_a_line(tmp_path, quick):
     assert rows(report(tmp_path)[0])[0]["runs"] == "2"
 
 
+def test_the_precision_of_a_gpu_is_told(tmp_path, quick):
+    results = stored.supervised(tmp_path / "results", arms=("ce",), seeds=(0,))
+    assert "TF32" not in report(tmp_path)[0]
+    for run in results.values():
+        run["device"] = "NVIDIA H200"
+    stored.save(tmp_path / "results", "supervised-cifar100", "short", results)
+    assert "32-true (on a GPU with convolutions in TF32, the default of torch); SGD" in report(tmp_path)[0]
+
+
 def test_the_subsets_are_averaged_in_a_table_of_their_own(tmp_path, quick):
     table = "supervised-cifar100-subsets"
     entries = [stored.run(found, 30.0 + 2 * index, 0.9) for index, found in enumerate(stored.planned(table, "short"))]

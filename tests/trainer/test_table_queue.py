@@ -104,6 +104,8 @@ def test_what_a_run_is_given():
     methods = " ".join(POST_HOC)
     assert second == f"posthoc {NAMES[2]} 3 there/{NAMES[2]} --methods {methods} {common} --data-root somewhere"
     assert len(stored()) == 1
+    assert table("--no-cuda-graph", "--arms", "tiny-ldam-drw", "--seeds", "1", "--runs", "eager") == 0
+    assert "--no-tensorboard --no-cuda-graph" in Path("eager/calls").read_text()
 
 
 def test_missing_post_hoc_methods_alone_are_made_up_for(capsys):

@@ -51,7 +51,8 @@ def mix(
         return images, target, target, 1.0
     device = generator.device
     share, row, column = torch.rand(3, dtype=torch.float64, generator=generator, device=device).tolist()
-    partner = torch.randperm(len(images), generator=generator, device=device).to(images.device)
+    partner = torch.randperm(len(images), generator=generator, device=device)
+    partner = partner.to(images.device, non_blocking=True)
     # The quantile of a uniform number: torch's Beta distribution takes no generator.
     lam = float(betaincinv(mixing.alpha, mixing.alpha, share))
     if mixing.kind == "mixup":

@@ -107,13 +107,18 @@ def protocol(section: Section) -> list[str]:
         f"evaluated on the {test_set} (sha256 of its images {_fingerprints(section, 'test_fingerprint')}).",
         *(f"- Subset {seed}: sha256 of its training images {found}." for seed, found in _subsets(section)),
         f"- {steps:,} steps of {batch} images{views} = {epochs_of(section):.1f} epochs; {section.network}, "
-        f"{recipe['precision']}; SGD with lr {recipe['lr']:g}, momentum {recipe['momentum']:g}, weight decay "
+        f"{_precision(section)}; SGD with lr {recipe['lr']:g}, momentum {recipe['momentum']:g}, weight decay "
         f"{recipe['weight_decay']:g}; warm-up over {recipe['warmup']:.1%} of the steps, then {schedule}."
         + (" Lines of a table that differ in these settings say so." if _settings_differ(section) else ""),
         f"- Settings of the methods: {'; '.join(_method_settings(section))}.",
-        f"- Trained {dates[0] if len(dates) == 1 else f'{dates[0]} to {dates[-1]}'}. The wall time of a run that was "
-        "stopped and resumed is that of its last part.",
+        f"- Trained {dates[0] if len(dates) == 1 else f'{dates[0]} to {dates[-1]}'}.",
     ]
+
+
+def _precision(section: Section) -> str:
+    precision = section.recipe["precision"]
+    on_gpu = precision == "32-true" and any(run["device"] != "cpu" for run in section.runs)
+    return f"{precision} (on a GPU with convolutions in TF32, the default of torch)" if on_gpu else precision
 
 
 def _settings_differ(section: Section) -> bool:
