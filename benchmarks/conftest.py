@@ -6,6 +6,7 @@ import os
 import platform
 import re
 import sys
+import time
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -28,11 +29,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
     group.addoption("--min-rounds", type=int, default=7, help="even where they take longer than that; default: 7")
     group.addoption(
-        "--time-limit", type=float, default=float("inf"), help="seconds after which no further group is started"
+        "--time-limit", type=float, default=float("inf"), help="seconds from now after which no group is started"
     )
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    config.option.deadline = time.monotonic() + config.option.time_limit
     config.addinivalue_line("python_files", "bench_*.py")
     # torch 2.13 warns about its own use of it when torch.compile is imported.
     config.addinivalue_line("filterwarnings", "ignore:.*torch.jit.script_method:DeprecationWarning")
@@ -47,6 +49,20 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     metafunc.parametrize("case, variant", rows, ids=[f"{case}-{variant}" for case, variant in rows])
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """On a GPU the first upstream gradient and the most telling shape of each family first: the time may run out."""
+    if config.option.device == "cuda" and not config.option.quick:
+        items.sort(key=_rank)
+
+
+def _rank(item: pytest.Item) -> tuple[int, int]:
+    case = item.callspec.params.get("case") if hasattr(item, "callspec") else None
+    if case is None:
+        return -1, -1
+    family = FAMILIES[case.family]
+    return family.upstreams.index(case.upstream), family.gpu_shapes.index(case.shape)
+
+
 @pytest.fixture(scope="session")
 def suite(request: pytest.FixtureRequest) -> Suite:
     option = request.config.option
@@ -58,7 +74,7 @@ def suite(request: pytest.FixtureRequest) -> Suite:
         if "variant" in getattr(item, "fixturenames", ()) and hasattr(item, "callspec")
     ]
     effort = Effort(0.1, min_rounds=3, max_rounds=5) if option.quick else Effort(option.seconds, option.min_rounds)
-    return Suite(selected, effort, option.device, not option.quick, option.time_limit)
+    return Suite(selected, effort, option.device, not option.quick, option.deadline)
 
 
 @pytest.fixture

@@ -64,6 +64,10 @@ def cut(x: Tensor, weight: Tensor, target: Tensor, bias: Tensor, reduction: str)
     return linear_cross_entropy(x, weight, target, bias, reduction=reduction)
 
 
+# torch 2.11 has none.
+LINEAR_OF_TORCH = "torch.nn.functional.linear_cross_entropy"
+
+
 def _variant(name: str, loss, **options: Any) -> Variant:
     # Each of them multiplies in the inputs' dtype, which rounds 16-bit logits or their gradient.
     return Variant(name, loss, leaves=("x", "weight"), **{"rounds": True} | options)
@@ -75,8 +79,8 @@ VARIANTS = by_name(
         _variant("separate", separate),
         _variant("eager", eager),
         _variant("eager-compiled", eager, compiled=True),
-        _variant("torch", torch_whole),
-        _variant("torch-chunked", torch_chunked),
+        _variant("torch", torch_whole, package=LINEAR_OF_TORCH),
+        _variant("torch-chunked", torch_chunked, package=LINEAR_OF_TORCH),
         _variant("liger", liger, package="liger_kernel", gpu_only=True),
         # It takes 16-bit types only.
         _variant("cut", cut, package="cut_cross_entropy", gpu_only=True, dtypes=("bfloat16",)),

@@ -9,6 +9,7 @@ and as FAMILY-gpu-NAME.* for the others; the exit status is then 1.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import os
 import re
@@ -24,10 +25,12 @@ RESULTS = ROOT / "benchmarks" / "results"
 NEEDED = ("torch", "pytest", "pytest_benchmark", "hypothesis")
 SECONDS = 520.0
 BUILD_SECONDS, TEST_SECONDS = 150.0, 160.0
-# Above what is left if build and tests take all of theirs. The trainer's one group and the few of the other families
-# come first, then those of margin_cross_entropy, the most telling ones first, as many as there is time for.
+# Above what is left if build and tests take all of theirs. The trainer's one group comes first, then the most telling
+# shape of each family, and so on, as many as there is time for.
 BENCHMARK_SECONDS = 270.0
 REPORT_SECONDS = 20.0
+# What pytest has for its files once it is interrupted.
+INTERRUPT_SECONDS = 10.0
 # What one group of benchmarks may take once it has begun: compilation, checks and its rounds.
 GROUP_SECONDS = 50.0
 
@@ -70,7 +73,10 @@ def build(seconds: float) -> None:
 
 
 def run(what: str, arguments: list[str], seconds: float, quiet: bool = False) -> int:
-    """Exit status of a Python process in the root of the repository; 124 if it ran out of time."""
+    """Exit status of a Python process in the root of the repository; 124 if it ran out of time.
+
+    It is interrupted then, so that pytest writes what it has; what still runs some seconds later is killed.
+    """
     start = time.monotonic()
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     stream = subprocess.DEVNULL if quiet else None
@@ -81,11 +87,15 @@ def run(what: str, arguments: list[str], seconds: float, quiet: bool = False) ->
         stdout=stream,
         stderr=stream,
         start_new_session=True,  # so that its compiler processes end with it
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
     )
     try:
         status = process.wait(seconds)
     except subprocess.TimeoutExpired:
         status = 124
+        os.killpg(process.pid, signal.SIGINT)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(INTERRUPT_SECONDS)
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
@@ -101,7 +111,16 @@ def gpu_tests() -> list[str]:
     files = [path for path in (ROOT / "tests").rglob("test_*.py") if "mark.gpu" in path.read_text()]
     if not files:
         raise Failed("no file under tests/ has a test marked gpu.")
-    return [str(path.relative_to(ROOT)) for path in sorted(files)]
+    # Those of the contrastive kernels last: they compile the most, and the time may run out.
+    return [str(path.relative_to(ROOT)) for path in sorted(files, key=lambda path: ("contrastive" in path.name, path))]
+
+
+def test_arguments(junit: Path) -> list[str]:
+    """All GPU tests, the large ones included; side by side where pytest-xdist is, as most of their time compiles."""
+    arguments = ["-m", "gpu and (large or not large)", "--continue-on-collection-errors", f"--junitxml={junit}"]
+    if importlib.util.find_spec("xdist"):
+        arguments += ["-n", str(min(8, max(1, (os.cpu_count() or 1) // 2))), "--dist", "worksteal"]
+    return arguments + gpu_tests()
 
 
 def benchmark_files() -> list[str]:
@@ -152,9 +171,10 @@ def main(arguments: list[str] | None = None) -> int:
             stale.unlink(missing_ok=True)
         build(left(BUILD_SECONDS, 0))
         # A share of the time is kept for the benchmarks, even if the tests hang.
-        pytest, seconds = ["-m", "pytest", "-q", "-p", "no:cacheprovider"], left(TEST_SECONDS, 100 + REPORT_SECONDS)
-        tested = run("Tests", [*pytest, "-m", "gpu", f"--junitxml={junit}", *gpu_tests()], seconds)
-        limit = left(BENCHMARK_SECONDS + GROUP_SECONDS, REPORT_SECONDS)
+        reserved = REPORT_SECONDS + INTERRUPT_SECONDS
+        pytest, seconds = ["-m", "pytest", "-q", "-p", "no:cacheprovider"], left(TEST_SECONDS, 100 + reserved)
+        tested = run("Tests", pytest + test_arguments(junit), seconds)
+        limit = left(BENCHMARK_SECONDS + GROUP_SECONDS, reserved)
         measured = run(
             "Benchmarks",
             [*pytest, *benchmark_files(), "--benchmark-only", "--device=cuda", "--seconds=1.5",

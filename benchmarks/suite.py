@@ -71,12 +71,12 @@ class Suite:
         effort: Effort,
         device: str = "cpu",
         measure_memory: bool = True,
-        time_limit: float = float("inf"),
+        deadline: float = float("inf"),
     ) -> None:
         self._selected = list(dict.fromkeys(selected))
         self.device = device
         self._effort, self._measure_memory = effort, measure_memory
-        self._deadline = time.monotonic() + time_limit
+        self._deadline = deadline  # of time.monotonic()
         self._group: tuple[str, str, str] | None = None  # (family, shape, upstream) of _measured
         self._measured: dict[tuple[Case, str], Measured] = {}
         self._shape: tuple[str, str] | None = None  # (family, shape) of everything below

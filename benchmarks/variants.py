@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+import pkgutil
 import time
 import timeit
 from collections.abc import Callable, Iterable
@@ -22,7 +22,8 @@ class Variant:
     """``loss(*leaves, target, *inputs, reduction)``; leaves, to which gradients flow, and inputs are the problem's.
 
     ``method`` names the definition that the variant has to equal; ``rounds``: it computes in the leaves' dtype.
-    ``package``: the optional one that it needs; ``gpu_only``: it has no code for a CPU, or none worth comparing.
+    ``package``: the optional one that it needs, or a function of one; ``gpu_only``: it has no code for a CPU, or none
+    worth comparing.
     """
 
     name: str
@@ -91,7 +92,7 @@ class Family:
 def _importable(package: str) -> bool:
     """Installed, and so are the packages that it needs: some have been installed without them."""
     try:
-        importlib.import_module(package)
+        pkgutil.resolve_name(package)
     except Exception:  # an extension of another torch may raise anything
         return False
     return True

@@ -87,7 +87,7 @@ def public(input: Tensor, target: Tensor, **options: object) -> Tensor | tuple[T
 
 def upstream_of(output: Tensor) -> Tensor:
     """Upstream gradients: uneven, and exact in every dtype."""
-    ramp = torch.arange(output.numel(), dtype=output.dtype) % 7 + 1
+    ramp = torch.arange(output.numel(), dtype=output.dtype, device=output.device) % 7 + 1
     return (ramp * 0.375).reshape(output.shape)
 
 

@@ -12,7 +12,7 @@ import torch
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))  # the benchmarks are part of the repository, not of the installed package
 
-from benchmarks import auxiliary, margin, report, run_gpu  # noqa: E402
+from benchmarks import auxiliary, margin, report  # noqa: E402
 from benchmarks.families import FAMILIES  # noqa: E402
 from benchmarks.interleave import Effort, interleave  # noqa: E402
 from benchmarks.problems import Case  # noqa: E402
@@ -392,9 +392,3 @@ def test_the_suite_runs_under_pytest(run_python, tmp_path):
     assert case["variants"].keys() == {"ours", "eager", "ldam-ours", "ldam-authors"}
     assert case["bytes"] == 2 * 128 * 10 * 4 and case["clone_fresh_gb_per_s"] > 0
     assert case["variants"]["ours"]["rounds"] >= 3
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
-def test_run_gpu_says_that_there_is_no_gpu(capsys):
-    assert run_gpu.main([]) == 2
-    assert "sees no NVIDIA GPU" in capsys.readouterr().err

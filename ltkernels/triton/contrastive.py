@@ -124,7 +124,8 @@ class Call:
         self.extra_product = None
         if extra_positive is not None:
             self.extra_product = (query.to(self.acc) * extra_positive.to(self.acc)).sum(1)
-        tf32 = torch.backends.cuda.matmul.allow_tf32 and query.dtype == torch.float32
+        # Not `allow_tf32`, which raises where the switch has been set by this name.
+        tf32 = query.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
         self.precision = "tf32" if tf32 else "ieee"
 
     def _vector(self, x: Tensor) -> Tensor:
@@ -239,12 +240,12 @@ class Call:
 
     def gradients(self, grads: int, c: Coefficients, upstream: Tensor, row_loss: Tensor) -> tuple[Tensor, ...]:
         """The six gradients; `upstream` is dloss/dr_i of the rows that count."""
-        none = self.p.temperature.new_empty(0)
+        vector = self.p.temperature
         constant = self.log_normalizer is not None  # nothing flows to tau, c and rho through constant weights
         wants_tau = bool(grads & GRAD_TEMPERATURE) and not constant
         wants_bias = bool(grads & GRAD_KEY_BIAS) and self.options & BIAS and not constant
         query, key = bool(grads & GRAD_QUERY), bool(grads & GRAD_KEY) and not self.self_contrast
-        grad_query = grad_key = self.p.query.new_empty(0)
+        grad_query, grad_key, grad_extra = (self.p.query.new_empty(0) for _ in range(3))  # results must not alias
         products = key_sums = None
         if self.self_contrast:
             role = (BOTH if query else 0) | (QUERY if wants_tau else 0) | (KEY if wants_bias else 0)
@@ -255,8 +256,7 @@ class Call:
                 grad_query, products, _ = self._gradient(QUERY, c, query, wants_tau, False)
             if key or wants_bias:
                 grad_key, _, key_sums = self._gradient(KEY, c, key, False, wants_bias)
-        grad_tau = grad_bias = grad_margin = none
-        grad_extra = self.p.query.new_empty(0)
+        grad_tau, grad_bias, grad_margin = (vector.new_empty(0) for _ in range(3))
         if grads & GRAD_TEMPERATURE:
             grad_tau = torch.zeros_like(self.p.temperature)
             if wants_tau:
@@ -265,9 +265,9 @@ class Call:
                 scaled = upstream * row_loss * self.p.inverse_temperature if self.scale else 0.0
                 grad_tau = scaled - products * self.p.inverse_temperature
         if grads & GRAD_KEY_BIAS:
-            grad_bias = key_sums if wants_bias else none.new_zeros(self.keys)
+            grad_bias = key_sums if wants_bias else vector.new_zeros(self.keys)
         if grads & GRAD_PAIR_MARGIN:
-            grad_margin = none.new_zeros(self.n_labels, self.n_labels)
+            grad_margin = vector.new_zeros(self.n_labels, self.n_labels)
             if self.margin and not constant and self.n_labels:
                 grad_margin = self._pair_margin_gradient(c)
         if grads & GRAD_EXTRA:

@@ -129,8 +129,9 @@ def _logits(
     logits = x * slope + bias
     if OPTIONS & MARGIN:
         known = (label >= 0) & (key_label >= 0) & (label < n_labels) & (key_label < n_labels) & seen
+        # 64 bits: the square of the number of labels may need them.
         logits += tl.load(
-            p.pair_margin + (label.to(tl.int32) * n_labels + key_label.to(tl.int32)), mask=known, other=0.0
+            p.pair_margin + (label.to(tl.int64) * n_labels + key_label.to(tl.int64)), mask=known, other=0.0
         )
     summed = seen
     if OPTIONS & OTHERS:

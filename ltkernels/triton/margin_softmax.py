@@ -301,11 +301,12 @@ def _scale_in_place(
     grad_ptr,  # (size,)
     factor_ptr,  # ()
     size,
+    n_blocks,  # from the host: rounding up here would overflow just below 2^31
     BLOCK: tl.constexpr,
 ):
     factor = tl.load(factor_ptr)
     if factor != 1:
-        for block in range(tl.program_id(0), tl.cdiv(size, BLOCK), tl.num_programs(0)):
+        for block in range(tl.program_id(0), n_blocks, tl.num_programs(0)):
             offsets = tl.cast(block, tl.int64) * BLOCK + tl.arange(0, BLOCK)
             grad = tl.load(grad_ptr + offsets, mask=offsets < size, other=0.0).to(factor.dtype)
             # Masked classes and ignored rows stay 0 under an infinite or NaN factor too.
@@ -318,8 +319,9 @@ def margin_softmax_scale_(grad: Tensor, grad_output: Tensor) -> None:
     size = grad.numel()
     if size > 0:
         block = 4096
+        n_blocks = ceil_div(size, block)
         with torch.cuda.device_of(grad):
             kernel_calls["triton.margin_softmax.scale"] += 1
-            _scale_in_place[(min(ceil_div(size, block), 1024),)](
-                grad, grad_output, size, BLOCK=block, num_warps=8, enable_fp_fusion=True
+            _scale_in_place[(min(n_blocks, 1024),)](
+                grad, grad_output, size, n_blocks, BLOCK=block, num_warps=8, enable_fp_fusion=True
             )

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-pytest.importorskip("lightning_fabric", reason="needs the trainer's dependencies: pip install 'ltkernels[trainer]'")
+for package in ("lightning_fabric", "torchmetrics", "tyro", "rich", "PIL"):
+    pytest.importorskip(package, reason="needs the trainer's dependencies: pip install 'ltkernels[trainer]'")
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "trainer"))
 from tiny_images import load_tiny, tiny_recipe  # noqa: E402

@@ -1,6 +1,7 @@
 """Cases of the contrastive kernels in Triton, run by contrastive_worker.py; each raises AssertionError if it fails.
 
-The launchers are called directly, and compared with the definition in float64 of the same numbers.
+The launchers are called directly, and compared with the definition in float64 of the same numbers. The tests on a
+GPU run the same cases with DEVICE set.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch import Tensor
 from ltkernels import reference
 from ltkernels.reference import ALL, LOGSUMEXP, LOGSUMEXP_OTHER_LABEL, LOGSUMEXP_SAME_LABEL, NEGATIVES, OWN
 
+DEVICE = "cpu"  # of the launchers' tensors; everything else stays on the CPU
 RANDOM_CASES = 48
 CASES: dict[str, Callable[[], None]] = {}
 INF = float("inf")
@@ -109,10 +111,14 @@ def named(call: dict, loss: Tensor, stats: Tensor, gradients: tuple[Tensor, ...]
     return result
 
 
+def arguments_of(call: dict) -> list:
+    return [x.to(DEVICE) if isinstance(x := call[name], Tensor) else x for name in ARGUMENTS]
+
+
 def forward(call: dict, grads: int) -> dict[str, Tensor]:
     from ltkernels.triton import contrastive
 
-    loss, stats, *gradients = contrastive.contrastive_fwd(*(call[name] for name in ARGUMENTS), grads)
+    loss, stats, *gradients = (x.cpu() for x in contrastive.contrastive_fwd(*arguments_of(call), grads))
     assert stats.dtype == loss.dtype == (torch.float64 if call["query"].dtype == torch.float64 else torch.float32)
     return named(call, loss, stats, tuple(gradients), grads)
 
@@ -121,11 +127,11 @@ def backward(call: dict, upstream: Tensor, grads: int) -> dict[str, Tensor]:
     """From statistics whose E was not asked for."""
     from ltkernels.triton import contrastive
 
-    arguments = [call[name] for name in ARGUMENTS]
+    arguments = arguments_of(call)
     loss, stats, *_ = contrastive.contrastive_fwd(*arguments, 0)
     stats[3] = math.nan
-    gradients = contrastive.contrastive_bwd(upstream, stats, *arguments, grads)
-    return named(call, loss, stats, gradients, grads)
+    gradients = contrastive.contrastive_bwd(upstream.to(DEVICE), stats, *arguments, grads)
+    return named(call, loss.cpu(), stats.cpu(), tuple(x.cpu() for x in gradients), grads)
 
 
 def compare(call: dict, got: dict[str, Tensor], want: dict[str, Tensor]) -> None:
