@@ -58,9 +58,11 @@ sanitize: setup
 gpu:
 	$(PYTHON) -m benchmarks.run_gpu
 
-# The images that the tables need in a file a data set, for a machine without network; LTKERNELS_DATA is the source.
+# For a machine without network: the images that the tables need in a file a data set (LTKERNELS_DATA is the source), and
+# those packages of the trainer that an installation of PyTorch seldom has.
 gpu-pack: setup
 	$(BIN)/ltkernels pack $(TABLES)
+	$(BIN)/python -m pip download --quiet --no-deps --dest packs tyro docstring-parser typeguard
 
 dist: setup
 	$(BIN)/python -m pip install --quiet build
