@@ -62,7 +62,7 @@ gpu:
 # those packages of the trainer that an installation of PyTorch seldom has.
 gpu-pack: setup
 	$(BIN)/ltkernels pack $(TABLES)
-	$(BIN)/python -m pip download --quiet --no-deps --dest packs tyro docstring-parser typeguard
+	$(BIN)/python -m pip download --quiet --no-deps --dest packs tyro docstring-parser typeguard typing-extensions
 
 dist: setup
 	$(BIN)/python -m pip install --quiet build

@@ -44,7 +44,9 @@ def _targets(results: Results) -> list[Target]:
 def _tests(results: Results) -> str:
     if not results.tests:
         return ""
-    return "## Tests on this machine\n\n" + ", ".join(f"{count} {what}" for what, count in results.tests.items())
+    counts = {what: count for what, count in results.tests.items() if what != "stopped"}
+    stopped = "; then the time was over, and the others have not run" if "stopped" in results.tests else ""
+    return "## Tests on this machine\n\n" + ", ".join(f"{n} {what}" for what, n in counts.items()) + stopped
 
 
 def file_name(family: str, name: str) -> str:

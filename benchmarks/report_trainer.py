@@ -81,6 +81,12 @@ def _head(results: Results) -> str:
         if m["device"] == "cuda"
         else ""
     )
+    # On a GPU a block is an epoch, on a CPU a small part of one.
+    left_out = (
+        "evaluation is not in it; the start of the plain loop's workers, once an epoch, is"
+        if m["device"] == "cuda"
+        else "evaluation and, in most blocks, the start of the plain loop's workers, once an epoch, are not in it"
+    )
     real = measurement.images == "cifar100-lt"
     images = "" if real else " The images are synthetic, of the number, size and classes of CIFAR-100-LT."
     return (
@@ -91,8 +97,7 @@ def _head(results: Results) -> str:
         "the loops take turns block by block, in a new random order each round, and a block begins with steps that "
         "are not timed. How many times faster a loop is, is the median of the ratios within the rounds. "
         f"`~` marks an interquartile range above {NOISY:.0%} of the median. An epoch is "
-        f"{measurement.steps} steps; evaluation is not in it. The plain loop starts its workers anew every epoch, "
-        "which is in the time of the blocks in which an epoch ends.\n\n"
+        f"{measurement.steps} steps; {left_out}.\n\n"
         f"The plain loop is written after LDAM's repository: {workers} worker processes crop, flip and normalise PIL "
         "images one by one, contiguous float32 tensors, SGD as torch chooses it, the loss by a one-hot mask, loss and "
         "accuracies read after every step. Before anything is timed, each loop's loss and gradients of a batch "

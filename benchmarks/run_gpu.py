@@ -23,14 +23,15 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 NEEDED = ("torch", "pytest", "pytest_benchmark", "hypothesis")
+TRAINER = ("lightning_fabric", "torchmetrics", "tyro", "rich", "PIL")
 SECONDS = 520.0
 BUILD_SECONDS, TEST_SECONDS = 150.0, 160.0
 # Above what is left if build and tests take all of theirs. The trainer's one group comes first, then the most telling
 # shape of each family, and so on, as many as there is time for.
 BENCHMARK_SECONDS = 270.0
 REPORT_SECONDS = 20.0
-# What pytest has for its files once it is interrupted.
-INTERRUPT_SECONDS = 10.0
+# What pytest has for its files once it is interrupted; pytest-xdist waits 10 s for its workers first.
+INTERRUPT_SECONDS = 20.0
 # What one group of benchmarks may take once it has begun: compilation, checks and its rounds.
 GROUP_SECONDS = 50.0
 
@@ -56,6 +57,9 @@ def check_machine() -> str:
         raise Failed("the Triton kernels are written for and tested on NVIDIA GPUs; this torch is built for ROCm.")
     if not importlib.util.find_spec("triton"):
         raise Failed(f"{sys.executable} has no triton, which the kernels for NVIDIA GPUs are written in.")
+    absent = [name for name in TRAINER if not importlib.util.find_spec(name)]
+    if absent:
+        print(f"without the trainer's tests and benchmark, as there is no {', '.join(absent)}", flush=True)
     name = torch.cuda.get_device_name()
     print(f"{name}; torch {torch.__version__}, Python {sys.version.split()[0]}", flush=True)
     return name
@@ -97,9 +101,9 @@ def run(what: str, arguments: list[str], seconds: float, quiet: bool = False) ->
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(INTERRUPT_SECONDS)
     finally:
-        if process.poll() is None:
+        with contextlib.suppress(ProcessLookupError):  # what it has started may outlive it
             os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+        process.wait()
     if not quiet:
         outcome = {0: "done", 124: f"stopped at its limit of {seconds:.0f} s"}.get(status, f"failed ({status})")
         print(f"== {what}: {outcome} after {time.monotonic() - start:.0f} s", flush=True)
@@ -111,7 +115,7 @@ def gpu_tests() -> list[str]:
     files = [path for path in (ROOT / "tests").rglob("test_*.py") if "mark.gpu" in path.read_text()]
     if not files:
         raise Failed("no file under tests/ has a test marked gpu.")
-    # Those of the contrastive kernels last: they compile the most, and the time may run out.
+    # Those of the contrastive kernels last: they compile the most, and without pytest-xdist the time may run out.
     return [str(path.relative_to(ROOT)) for path in sorted(files, key=lambda path: ("contrastive" in path.name, path))]
 
 
@@ -129,14 +133,15 @@ def benchmark_files() -> list[str]:
     return [str(path.relative_to(ROOT)) for path in files]
 
 
-def count_tests(junit: Path) -> dict[str, int] | None:
-    """passed, failed, skipped; None if the tests were stopped before they could say."""
+def count_tests(junit: Path, status: int) -> dict[str, int] | None:
+    """passed, failed, skipped, and stopped if time ran out; None if the tests were stopped before they could say."""
     if not junit.exists():
         return None
     suites = list(ElementTree.parse(junit).getroot().iter("testsuite"))
     total, skipped = (sum(int(suite.get(name, 0)) for suite in suites) for name in ("tests", "skipped"))
     failed = sum(int(suite.get(name, 0)) for suite in suites for name in ("failures", "errors"))
-    return {"passed": total - failed - skipped, "failed": failed, "skipped": skipped}
+    counts = {"passed": total - failed - skipped, "failed": failed, "skipped": skipped}
+    return counts | {"stopped": 1} if status == 124 else counts
 
 
 def report(raw: Path, name: str, tests: dict[str, int] | None) -> None:
@@ -181,7 +186,7 @@ def main(arguments: list[str] | None = None) -> int:
              f"--time-limit={max(1.0, limit - GROUP_SECONDS):.0f}", f"--benchmark-json={raw}"],
             limit,
         )  # fmt: skip
-        report(raw, name, count_tests(junit))
+        report(raw, name, count_tests(junit, tested))
     except Failed as failure:
         print(f"benchmarks.run_gpu: {failure}", file=sys.stderr)
         return 2

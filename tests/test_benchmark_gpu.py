@@ -36,14 +36,17 @@ def test_second():
 """
 
 
-def test_what_runs_out_of_time_on_a_gpu_still_writes_its_results(tmp_path):
+@pytest.mark.parametrize("parallel", [[], ["-n", "2", "--dist", "worksteal"]], ids=["alone", "side by side"])
+def test_what_runs_out_of_time_on_a_gpu_still_writes_its_results(tmp_path, parallel):
     (tmp_path / "test_slow.py").write_text(STOPPED)
     junit = tmp_path / "junit.xml"
     pytest_arguments = ["-m", "pytest", "-q", "-p", "no:cacheprovider", f"--rootdir={tmp_path}", f"--junitxml={junit}"]
     start = time.monotonic()
-    assert run_gpu.run("Tests", [*pytest_arguments, str(tmp_path / "test_slow.py")], 8, quiet=True) == 124
-    assert time.monotonic() - start < 8 + run_gpu.INTERRUPT_SECONDS
-    assert run_gpu.count_tests(junit)["passed"] >= 1
+    status = run_gpu.run("Tests", [*pytest_arguments, *parallel, str(tmp_path / "test_slow.py")], 15, quiet=True)
+    assert status == 124 and time.monotonic() - start < 15 + run_gpu.INTERRUPT_SECONDS
+    counts = run_gpu.count_tests(junit, status)
+    assert counts["passed"] >= 1 and counts["stopped"]
+    assert run_gpu.count_tests(junit, 0) == {name: n for name, n in counts.items() if name != "stopped"}
 
 
 def test_gpu_tests_are_all_run_and_side_by_side_where_they_can_be(monkeypatch):
@@ -59,7 +62,7 @@ def test_gpu_tests_are_all_run_and_side_by_side_where_they_can_be(monkeypatch):
         assert names[-1] == "test_contrastive_gpu.py"
 
 
-def test_a_torch_without_the_function_is_no_peer(monkeypatch):
+def test_a_torch_without_the_function_is_no_peer():
     variant = linear.VARIANTS["torch-chunked"]
     assert variant.runs_on("cpu") == hasattr(torch.nn.functional, "linear_cross_entropy")
     assert not dataclasses.replace(variant, package="torch.nn.functional.linear_cross_entropies").runs_on("cpu")

@@ -160,11 +160,18 @@ def test_a_loop_that_breaks_off_fails_alone(task, monkeypatch, one_thread):
     assert results["ours"].failure is None and len(results["ours"].samples) == 2
 
 
-def test_the_check_is_in_float32(monkeypatch):
+def test_the_check_is_in_float32(loops, task, monkeypatch):
+    found = []
+
+    def answer(*arguments):
+        found.append(torch.backends.cudnn.allow_tf32)
+        raise AssertionError("seen")
+
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
-    with trainer.float32_convolutions():
-        assert not torch.backends.cudnn.allow_tf32
-    assert torch.backends.cudnn.allow_tf32
+    monkeypatch.setattr(trainer, "loss_and_gradients", answer)
+    with pytest.raises(AssertionError, match="seen"):
+        trainer.check(loops["ours"], ROWS["ours"], task, SAMPLE, None, trainer.Measured())
+    assert found == [False] and torch.backends.cudnn.allow_tf32
 
 
 # ----------------------------------------------------------------------------------------------------------- measuring

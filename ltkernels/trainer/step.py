@@ -27,8 +27,8 @@ class Batch:
         images: (B, C, H, W) float32, augmented and mixed.
         target: (B,) int64.
         other: (B,) int64 classes of the images that were mixed in, or None.
-        coefficients: (2,) float32 of the losses for ``target`` and ``other``; None: the plain loss. They stay outside
-            of the module, whose floating inputs mixed precision rounds to 16 bits.
+        coefficients: (2,) float32 of the losses for ``target`` and ``other``; None, without ``other`` only: 1. They
+            stay outside of the module, whose floating inputs mixed precision rounds to 16 bits.
     """
 
     images: Tensor
@@ -163,8 +163,10 @@ class GraphedStep:
         self._eager.optimizer.zero_grad(set_to_none=True)
         graph = torch.cuda.CUDAGraph()
         try:
-            # "thread_local": other threads, such as one that pins batches for a loader, may go on.
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            # The outer one puts the stream back where the capture fails. "thread_local": other threads, such as one
+            # that pins batches for a loader, may go on.
+            stream = torch.cuda.stream(torch.cuda.current_stream())
+            with stream, torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 self._loss = self._eager(self._batch)
         except RuntimeError as error:
             raise TrainerError(

@@ -75,12 +75,17 @@ def test_the_function_in_every_width(width: int, dtype: torch.dtype) -> None:
         assert (x - y).abs().amax() <= unit * y.abs().amax()
 
 
-def test_tf32_is_a_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tf32_is_a_choice() -> None:
     query, temperature, labels = inputs(300, 128)
     exact = on("cpu", query.double(), temperature.double(), labels)
     float32 = on(CUDA, query, temperature, labels)
-    monkeypatch.setattr(torch.backends.cuda.matmul, "fp32_precision", "tf32")
-    tf32 = on(CUDA, query, temperature, labels)
+    switch = torch.backends.cuda.matmul
+    before = switch.fp32_precision
+    switch.fp32_precision = "tf32"
+    try:
+        tf32 = on(CUDA, query, temperature, labels)
+    finally:
+        switch.fp32_precision = before
     errors = [float((found[1] - exact[1]).norm() / exact[1].norm()) for found in (float32, tf32)]
     assert errors[0] < 1e-5 < errors[1] < 1e-2
 
@@ -123,7 +128,8 @@ def test_no_synchronisation() -> None:
 
 def test_cuda_graph() -> None:
     step = call()
-    expected = step()
+    # Detached: a graph of autograd that lives on would tie the capture to the stream it was made on.
+    expected = [x.detach() for x in step()]
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -174,13 +180,14 @@ MODULES: dict[str, tuple[Callable[[], torch.nn.Module], tuple[Tensor, ...]]] = {
 def test_modules(name: str) -> None:
     """Loss, gradient and buffers as on the CPU."""
     make, arguments = MODULES[name]
-    found = []
+    found, before = [], triton_calls()
     for device in (CUDA, "cpu"):
         module = make().to(device)
         x = embeddings(ROWS, WIDTH).to(device).requires_grad_()
         loss = module(x, *(argument.to(device) for argument in arguments))
         loss.backward()
         found.append({"loss": loss.detach(), "gradient": x.grad, **dict(module.named_buffers())})
+    assert triton_calls() > before
     torch.testing.assert_close(*({name: x.cpu() for name, x in of.items()} for of in found), rtol=1e-4, atol=1e-6)
 
 

@@ -244,7 +244,8 @@ def test_no_synchronisation() -> None:
 
 def test_cuda_graph() -> None:
     step = training_call()
-    expected = step()
+    # Detached: a graph of autograd that lives on would tie the capture to the stream it was made on.
+    expected = [x.detach() for x in step()]
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):

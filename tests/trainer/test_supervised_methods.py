@@ -11,6 +11,7 @@ pytest.importorskip("lightning_fabric", reason="needs the trainer's dependencies
 
 from ltkernels.trainer import TrainerError  # noqa: E402
 from ltkernels.trainer.methods import LDAM, METHODS, CosFace, Focal, Objective  # noqa: E402
+from ltkernels.trainer.step import Batch  # noqa: E402
 
 COUNTS = (120, 30, 6)
 N = torch.tensor(COUNTS, dtype=torch.float64)
@@ -109,14 +110,16 @@ def test_focal_loss_of_certain_samples(gamma):
     torch.testing.assert_close(loss.detach(), wrong / 3)
 
 
-def test_the_objective_weighs_two_losses(batch):
+def test_two_losses_are_weighed(batch):
     images, target = batch
     other = target.flip(0)
     objective = Objective(torch.nn.Identity(), METHODS["ce"].settings.criterion(COUNTS, 1))
     first, second = (F.cross_entropy(images, labels) for labels in (target, other))
     torch.testing.assert_close(objective(images, target), first)
-    torch.testing.assert_close(objective(images, target, None, torch.tensor([0.5, 9.0])), 0.5 * first)
-    mixed = objective(images, target, other, torch.tensor([0.3, 0.7]))
+    torch.testing.assert_close(objective(images, target, other), torch.stack([first, second]))
+    torch.testing.assert_close(Batch(images, target).loss(objective), first)
+    torch.testing.assert_close(Batch(images, target, None, torch.tensor([0.5, 9.0])).loss(objective), 0.5 * first)
+    mixed = Batch(images, target, other, torch.tensor([0.3, 0.7])).loss(objective)
     torch.testing.assert_close(mixed, 0.3 * first + 0.7 * second)
 
 

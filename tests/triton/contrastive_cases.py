@@ -112,7 +112,15 @@ def named(call: dict, loss: Tensor, stats: Tensor, gradients: tuple[Tensor, ...]
 
 
 def arguments_of(call: dict) -> list:
-    return [x.to(DEVICE) if isinstance(x := call[name], Tensor) else x for name in ARGUMENTS]
+    return [moved(x) if isinstance(x := call[name], Tensor) else x for name in ARGUMENTS]
+
+
+def moved(x: Tensor) -> Tensor:
+    """On DEVICE, with the same strides."""
+    if DEVICE == "cpu":
+        return x
+    kept = x[tuple(slice(None) if stride else slice(1) for stride in x.stride())]
+    return torch.empty_strided(kept.shape, kept.stride(), dtype=x.dtype, device=DEVICE).copy_(kept).expand(x.shape)
 
 
 def forward(call: dict, grads: int) -> dict[str, Tensor]:

@@ -52,7 +52,7 @@ def mix(
     device = generator.device
     share, row, column = torch.rand(3, dtype=torch.float64, generator=generator, device=device).tolist()
     partner = torch.randperm(len(images), generator=generator, device=device)
-    partner = partner.to(images.device, non_blocking=True)
+    partner = partner.to(images.device, non_blocking=images.is_cuda)  # other devices read it later
     # The quantile of a uniform number: torch's Beta distribution takes no generator.
     lam = float(betaincinv(mixing.alpha, mixing.alpha, share))
     if mixing.kind == "mixup":

@@ -117,7 +117,7 @@ def protocol(section: Section) -> list[str]:
 
 def _precision(section: Section) -> str:
     precision = section.recipe["precision"]
-    on_gpu = precision == "32-true" and any(run["device"] != "cpu" for run in section.runs)
+    on_gpu = precision == "32-true" and any(run["device"] not in ("cpu", "mps") for run in section.runs)
     return f"{precision} (on a GPU with convolutions in TF32, the default of torch)" if on_gpu else precision
 
 
