@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from behaviour import check_cuda_graph, check_no_synchronisation, check_same_bits_every_time
 from torch import Tensor
 
 import ltkernels.functional as LF
@@ -17,7 +18,6 @@ from ltkernels import nn as lnn
 
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "triton")]
 import contrastive_cases  # noqa: E402
-from oracle import same_bits  # noqa: E402
 
 pytestmark = [
     pytest.mark.gpu,
@@ -109,39 +109,15 @@ def call(rows: int = 700, width: int = 96) -> Callable[[], tuple[Tensor, ...]]:
 
 
 def test_same_bits_every_time() -> None:
-    step = call()
-    first = step()
-    for _ in range(5):
-        assert all(same_bits(a, b) for a, b in zip(first, step(), strict=True))
+    check_same_bits_every_time(call())
 
 
 def test_no_synchronisation() -> None:
-    step = call()
-    step()  # compiles
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    check_no_synchronisation(call())
 
 
 def test_cuda_graph() -> None:
-    step = call()
-    # Detached: a graph of autograd that lives on would tie the capture to the stream it was made on.
-    expected = [x.detach() for x in step()]
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
-    for x in captured:
-        x.detach().fill_(torch.nan)
-    graph.replay()
-    assert all(same_bits(a, b) for a, b in zip(expected, captured, strict=True))
+    check_cuda_graph(call())
 
 
 def test_torch_compile() -> None:

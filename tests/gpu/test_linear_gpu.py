@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from behaviour import check_no_synchronisation, check_same_bits_every_time
 from torch import Tensor
 
 import ltkernels.functional as LF
@@ -109,7 +110,7 @@ def test_predictions() -> None:
     assert stats.correct.cpu().tolist() == (predicted == TARGET).tolist()
 
 
-def test_autocast_and_no_synchronisation() -> None:
+def test_autocast_without_synchronisation() -> None:
     features, classifier = (x.to(CUDA).requires_grad_() for x in (FEATURES, CLASSIFIER))
     target = TARGET.to(CUDA)
 
@@ -118,12 +119,6 @@ def test_autocast_and_no_synchronisation() -> None:
             loss = LF.linear_margin_cross_entropy(features, classifier, target)
         return torch.autograd.grad(loss, (features, classifier))
 
-    first = step()  # compiles
-    assert all(gradient.dtype == torch.float32 for gradient in first)
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        second = step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    assert all(same_bits(a, b) for a, b in zip(first, second, strict=True))
+    assert all(gradient.dtype == torch.float32 for gradient in step())
+    check_no_synchronisation(step)
+    check_same_bits_every_time(step)

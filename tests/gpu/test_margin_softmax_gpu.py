@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from behaviour import check_cuda_graph, check_no_synchronisation, check_same_bits_every_time
 from torch import Tensor
 
 import ltkernels.functional as LF
@@ -222,43 +223,22 @@ def training_call(classes: int = 1000, rows: int = 600):
 
 
 def test_same_bits_every_time() -> None:
-    step = training_call()
-    first = step()
-    for _ in range(5):
-        assert all(same_bits(a, b) for a, b in zip(first, step(), strict=True))
+    check_same_bits_every_time(training_call())
 
 
 def test_no_synchronisation() -> None:
     step = training_call()
     logits, target = torch.randn(128, 100, device=CUDA, requires_grad=True), torch.zeros(128, device=CUDA).long()
-    step()  # compiles
-    LF.margin_cross_entropy(logits, target).backward()
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        step()
-        (LF.margin_cross_entropy(logits, target) / 4).backward()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+
+    def both() -> tuple[Tensor, ...]:
+        loss = LF.margin_cross_entropy(logits, target)
+        return (*step(), *torch.autograd.grad(loss / 4, logits))
+
+    check_no_synchronisation(both)
 
 
 def test_cuda_graph() -> None:
-    step = training_call()
-    # Detached: a graph of autograd that lives on would tie the capture to the stream it was made on.
-    expected = [x.detach() for x in step()]
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
-    for x in captured:
-        x.detach().fill_(torch.nan)
-    graph.replay()
-    assert all(same_bits(a, b) for a, b in zip(expected, captured, strict=True))
+    check_cuda_graph(training_call())
 
 
 def test_torch_compile() -> None:
