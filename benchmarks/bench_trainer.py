@@ -10,8 +10,9 @@ import time
 import pytest
 
 from benchmarks.interleave import Effort
+from benchmarks.run_gpu import TRAINER
 
-for package in ("lightning_fabric", "tyro", "rich", "PIL"):
+for package in TRAINER:
     pytest.importorskip(package, reason=f"the trainer needs {package}: pip install ltkernels[trainer]")
 
 from benchmarks.report_trainer import BY_ROW  # noqa: E402
