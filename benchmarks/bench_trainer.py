@@ -5,6 +5,7 @@ A test is named by the row of the table, ``test_step[plain]``.
 
 from __future__ import annotations
 
+import argparse
 import time
 
 import pytest
@@ -17,7 +18,11 @@ for package in TRAINER:
 
 from benchmarks.report_trainer import BY_ROW  # noqa: E402
 from benchmarks.suite import Measured  # noqa: E402
-from benchmarks.trainer import METHOD, ROWS, Size, Task, make_task, measure  # noqa: E402
+from benchmarks.trainer import METHOD, ROWS, Row, Size, Task, make_task, measure  # noqa: E402
+
+
+def reason_to_leave_out(row: Row, option: argparse.Namespace) -> str | None:
+    return row.reason_to_leave_out(option.device, option.quick)
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +33,7 @@ def measured(request: pytest.FixtureRequest) -> tuple[Task, dict[str, Measured]]
         pytest.skip("the time limit has passed")
     items = [item for item in request.session.items if getattr(item, "module", None) is request.module]
     names = {item.callspec.params["row"] for item in items}
-    rows = [ROWS[name] for name in ROWS if name in names and ROWS[name].reason_to_leave_out(option.device) is None]
+    rows = [ROWS[name] for name in ROWS if name in names and reason_to_leave_out(ROWS[name], option) is None]
     size = Size.quick() if option.quick else Size()
     effort = Effort(0.1, min_rounds=3, max_rounds=3) if option.quick else Effort(option.seconds, option.min_rounds)
     task = make_task(size)
@@ -38,7 +43,7 @@ def measured(request: pytest.FixtureRequest) -> tuple[Task, dict[str, Measured]]
 @pytest.mark.parametrize("row", ROWS)
 def test_step(row, request, record):
     device = request.config.option.device
-    reason = ROWS[row].reason_to_leave_out(device)
+    reason = reason_to_leave_out(ROWS[row], request.config.option)
     if reason is not None:
         pytest.skip(reason)
     task, results = request.getfixturevalue("measured")

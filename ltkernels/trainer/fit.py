@@ -82,6 +82,7 @@ class Fit:
         split: Training and evaluation images.
 
     Attributes:
+        module: What a step computes, with its gradients: the objective, compiled or distributed where it is.
         step: Steps taken.
         history: One row for each evaluation: step, epoch, lr, train_loss and the fields of
             :class:`~ltkernels.trainer.metrics.Scores`; empty on all processes but the first.
@@ -107,9 +108,12 @@ class Fit:
         self.objective.to(fabric.device)
         if recipe.channels_last:
             self.network.to(memory_format=torch.channels_last)
-        module = torch.compile(self.objective) if recipe.compile else self.objective
-        module, self.optimizer = fabric.setup(module, make_optimizer(recipe, self.objective.parameter_groups()))
-        self._eager = EagerStep(fabric, module, self.optimizer)
+        # Not dynamic: an epoch has two sizes of batches, and kernels for one size are faster than those for any.
+        module = torch.compile(self.objective, dynamic=False) if recipe.compile else self.objective
+        optimizer = make_optimizer(recipe, self.objective.parameter_groups())
+        self.module, self.optimizer = fabric.setup(module, optimizer)
+        errors = (torch._dynamo.exc.TorchDynamoException,) if recipe.compile else ()
+        self._eager = EagerStep(fabric, self.module, self.optimizer, errors)
         self.average = ExponentialMovingAverage(self.network, recipe.ema_decay) if recipe.ema_decay else None
 
         cpu = torch.device("cpu")

@@ -81,6 +81,8 @@ class ResumeOptions(MachineOptions):
 
     cuda_graph: bool = True
     """Capture the step in a CUDA graph where the recipe does; without, the same training takes longer."""
+    compile: bool = True
+    """Compile the step where the recipe does; without, the same training takes longer and rounds differently."""
 
 
 def run_image_training(options: ImageTrainOptions, name: str, command: str, console: Console) -> int:
@@ -107,7 +109,9 @@ def resume_image_training(path: Path, options: ResumeOptions, command: str, cons
         TrainerError: the folder is not that of a run, or none of its checkpoints can be read.
     """
     name, recipe = load_recipe(path / RECIPE_FILE)
-    recipe = dataclasses.replace(recipe, cuda_graph=recipe.cuda_graph and options.cuda_graph)
+    recipe = dataclasses.replace(
+        recipe, cuda_graph=recipe.cuda_graph and options.cuda_graph, compile=recipe.compile and options.compile
+    )
     with open_fabric(recipe.precision, options.accelerator, options.devices, options.threads) as fabric:
         return train_in_folder(fabric, RunFolder(path), name, recipe, options, command, console)
 
@@ -265,6 +269,8 @@ def _print_start(console: Console, config: dict[str, Any], step: int, recipe: Im
     ]
     if recipe.precision == "bf16-mixed" and emulates_bfloat16(config["device"]):
         lines.append("this processor emulates bfloat16: --precision 32-true is many times faster here")
+    if recipe.compile:
+        lines.append("the first steps are compiled, which may take minutes; --no-compile trains without")
     if step:
         lines.append(f"going on after step {step} of {recipe.steps}")
     for line in lines:

@@ -95,16 +95,31 @@ class EagerStep:
         fabric: Device, precision, processes.
         module: An :class:`~ltkernels.trainer.methods.Objective`, set up by ``fabric``.
         optimizer: Of its parameters, set up by ``fabric``.
+        compile_errors: What the module raises if it cannot be compiled.
     """
 
-    def __init__(self, fabric: Fabric, module: nn.Module, optimizer: Optimizer) -> None:
+    def __init__(
+        self,
+        fabric: Fabric,
+        module: nn.Module,
+        optimizer: Optimizer,
+        compile_errors: tuple[type[Exception], ...] = (),
+    ) -> None:
         self.fabric = fabric
         self.module = module
         self.optimizer = optimizer
+        self._compile_errors = compile_errors
 
     def __call__(self, batch: Batch) -> Tensor:
-        """Train on a batch; its loss, 0-d on the device and without a graph."""
-        loss = batch.loss(self.module)
+        """Train on a batch; its loss, 0-d on the device and without a graph.
+
+        Raises:
+            TrainerError: the module cannot be compiled.
+        """
+        try:
+            loss = batch.loss(self.module)
+        except self._compile_errors as error:
+            raise TrainerError(f"the step could not be compiled; --no-compile trains without: {error}") from error
         self.optimizer.zero_grad()
         self.fabric.backward(loss)
         self.optimizer.step()

@@ -7,6 +7,7 @@ nor one that follows a killed queue trains the same run twice.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 import subprocess
@@ -74,6 +75,8 @@ class TableOptions:
     """Device, in the words of lightning-fabric."""
     cuda_graph: bool = True
     """On a GPU, replay a step as one CUDA graph; without, the same training takes longer."""
+    compile: bool = False
+    """Compile the step of runs that start, with torch.compile; others go on as they began."""
     results: Path | None = None
     """File that the results are merged into; default: docs/reproduction/results/NAME-TIER.json."""
 
@@ -257,7 +260,7 @@ class Queue:
                 return self._finish(job)
             if stage == before:
                 raise TrainerError(f"its process ended without an error and without {METRICS_FILE}")
-            _prepare(job.planned, job.folder)
+            _prepare(job.planned, job.folder, self._options.compile)
             job.stage = stage
             self._launch(job)
         except (OSError, TrainerError) as error:
@@ -368,10 +371,11 @@ def missing_post_hoc(folder: Path) -> list[str]:
     return [name for name in POST_HOC if not (folder / f"posthoc-{name}.json").is_file()]
 
 
-def _prepare(planned: PlannedRun, folder: Path) -> None:
+def _prepare(planned: PlannedRun, folder: Path, compiled: bool) -> None:
     """Write the recipe of a run that starts; TrainerError if another one is there."""
     if not (folder / RECIPE_FILE).is_file():
-        RunFolder(folder).write_json(RECIPE_FILE, save_recipe(planned.recipe, planned.arm.recipe))
+        recipe = dataclasses.replace(planned.recipe, compile=planned.recipe.compile or compiled)
+        RunFolder(folder).write_json(RECIPE_FILE, save_recipe(recipe, planned.arm.recipe))
         return
     _, recipe = load_recipe(folder / RECIPE_FILE)
     if recipe.hash != planned.recipe.hash:

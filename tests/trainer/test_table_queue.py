@@ -18,6 +18,7 @@ from tiny_images import tiny_recipe  # noqa: E402
 
 from ltkernels.trainer import TrainerError, results, table_queue, tables  # noqa: E402
 from ltkernels.trainer.cli import main  # noqa: E402
+from ltkernels.trainer.image_recipes import save_recipe  # noqa: E402
 from ltkernels.trainer.locks import try_lock  # noqa: E402
 from ltkernels.trainer.posthoc import POST_HOC  # noqa: E402
 from ltkernels.trainer.table_queue import TableOptions, chosen_runs  # noqa: E402
@@ -106,6 +107,17 @@ def test_what_a_run_is_given():
     assert len(stored()) == 1
     assert table("--no-cuda-graph", "--arms", "tiny-ldam-drw", "--seeds", "1", "--runs", "eager") == 0
     assert "--no-tensorboard --no-cuda-graph" in Path("eager/calls").read_text()
+
+
+def test_runs_that_start_are_compiled_where_asked_and_others_go_on_as_they_began():
+    planned = next(TABLE.runs("short"))
+    began = Path("runs") / planned.name / "recipe.json"
+    began.parent.mkdir(parents=True)
+    began.write_text(json.dumps(save_recipe(planned.recipe, planned.arm.recipe)))
+    assert table("--compile", "--arms", "tiny-ce") == 0
+    files = [Path("runs") / name / "recipe.json" for name in (planned.name, NAMES[2])]
+    assert [json.loads(file.read_text())["recipe"]["compile"] for file in files] == [False, True]
+    assert sorted(run["recipe_fields"]["compile"] for run in stored().values()) == [False, True]
 
 
 def test_missing_post_hoc_methods_alone_are_made_up_for(capsys):

@@ -76,7 +76,8 @@ def hardware_table(section: Section) -> str:
     groups: dict[tuple[str, str, str, str], list[StoredRun]] = {}
     for run in section.runs:
         device = run["cpu"] if run["device"] == "cpu" else f"{run['device']}; {run['cpu']}"
-        key = (str(device), str(run["threads"]), str(run["torch"]), str(run.recipe["views"]))
+        torch = f"{run['torch']}{', compiled' if run.recipe.get('compile') else ''}"
+        key = (str(device), str(run["threads"]), torch, str(run.recipe["views"]))
         groups.setdefault(key, []).append(run)
     rows = [
         [*key, f"{len(runs)}", _minutes(median(run["seconds"] for run in runs))] for key, runs in sorted(groups.items())
