@@ -152,7 +152,7 @@ def test_a_damaged_last_checkpoint_costs_only_the_steps_since_the_one_before(uni
 DISTRIBUTED = dict(steps=12, augmentation=Augmentation(policy="crop-flip", padding=2), warmup=0.0)
 
 
-def distributed_part(folder: str, rank: int, world: int, port: int, method: str, mixing: str) -> None:
+def distributed_part(folder: str, rank: int, world: int, port: int, method: str, mixing: str, compiled: bool) -> None:
     torch.set_num_threads(1)
     os.environ |= {
         "MASTER_ADDR": "127.0.0.1",
@@ -165,7 +165,7 @@ def distributed_part(folder: str, rank: int, world: int, port: int, method: str,
         "GROUP_WORLD_SIZE": "1",
         "TORCHELASTIC_RUN_ID": "test",
     }
-    recipe = tiny_recipe(method, mixing=Mixing(mixing), **DISTRIBUTED)
+    recipe = tiny_recipe(method, mixing=Mixing(mixing), compile=compiled, **DISTRIBUTED)
     with open_fabric(recipe.precision, "cpu") as fabric:
         assert fabric.world_size == world
         torch.save(trained(fabric, recipe, folder), Path(folder) / f"rank-{rank}.pt")
@@ -186,19 +186,24 @@ def trained(fabric, recipe, folder):
     return gradients, fit.network.state_dict(), fit.history
 
 
-@pytest.mark.parametrize(("method", "mixing"), [("ce", "none"), ("class-balanced", "mixup")])
-def test_two_processes_take_the_steps_of_one(method, mixing, tmp_path):
+@pytest.mark.parametrize(
+    ("method", "mixing", "compiled"),
+    [("ce", "none", False), ("class-balanced", "mixup", False), ("ldam-drw", "none", True)],
+)
+def test_two_processes_take_the_steps_of_one(method, mixing, compiled, tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     processes = [
-        PROCESSES.Process(target=distributed_part, args=(str(tmp_path), rank, 2, port, method, mixing), daemon=True)
+        PROCESSES.Process(
+            target=distributed_part, args=(str(tmp_path), rank, 2, port, method, mixing, compiled), daemon=True
+        )
         for rank in range(2)
     ]
     for process in processes:
         process.start()
     for process in processes:
-        process.join(120)
+        process.join(240)
     assert [process.exitcode for process in processes] == [0, 0]
 
     recipe = tiny_recipe(method, mixing=Mixing(mixing), **DISTRIBUTED)
