@@ -49,12 +49,12 @@ def assert_close(ours: Fit, theirs: Fit) -> None:
     assert first == pytest.approx(second, rel=1e-3)
 
 
-@pytest.mark.parametrize("mixing", ["none", "mixup"])
-def test_the_captured_step_trains_as_the_eager_one(mixing: str, tmp_path: Path) -> None:
-    recipe = dataclasses.replace(RECIPE, mixing=Mixing(mixing))
+@pytest.mark.parametrize(("mixing", "compiled"), [("none", False), ("mixup", False), ("none", True)])
+def test_the_captured_step_trains_as_the_eager_one(mixing: str, compiled: bool, tmp_path: Path) -> None:
+    recipe = dataclasses.replace(RECIPE, mixing=Mixing(mixing), compile=compiled)
     captured = trained(recipe, tmp_path)
     assert captured._step_function() is not captured._eager
-    assert_close(captured, trained(dataclasses.replace(recipe, cuda_graph=False), tmp_path))
+    assert_close(captured, trained(dataclasses.replace(recipe, cuda_graph=False, compile=False), tmp_path))
 
 
 @pytest.mark.parametrize("model", ["small-cnn", "resnet32"])
