@@ -252,7 +252,7 @@ TwoTensors contrastive_autograd(LTK_CONTRASTIVE_PARAMETERS, bool with_expected) 
   if (!precompute || weighted) node->stats_ = SavedVariable(stats, false);
   if (weighted) {
     node->sample_weight_ = SavedVariable(*sample_weight, false);
-    if (reduction == kMean) node->loss_ = SavedVariable(loss.detach(), false);
+    if (reduction == kMean) node->loss_ = SavedVariable(loss.detach().clone(), false);
   }
   torch::autograd::set_history(loss, node);
   return {loss, stats};

@@ -172,7 +172,7 @@ FourTensors linear_margin_softmax_autograd(LTK_LINEAR_PARAMETERS, bool return_ls
   const Tensor linear_b = value_or_undefined(linear_bias), a = value_or_undefined(logit_scale),
                b = value_or_undefined(logit_bias), m = value_or_undefined(target_margin),
                delta = value_or_undefined(pairwise_margin), u = value_or_undefined(sample_weight);
-  forbid_forward_mode(kName, {input, linear_weight, linear_b, a, b, m, delta, u});
+  forbid_forward_mode(kName, {input, linear_weight, target, value_or_undefined(weight), linear_b, a, b, m, delta, u});
   const bool needs_graph = torch::autograd::compute_requires_grad(input, linear_weight, linear_b, a, b, m, delta, u);
   const bool vectors = requires_grad(logit_scale) || requires_grad(logit_bias) || requires_grad(target_margin) ||
                        requires_grad(pairwise_margin) || requires_grad(sample_weight);
@@ -206,7 +206,7 @@ FourTensors linear_margin_softmax_autograd(LTK_LINEAR_PARAMETERS, bool return_ls
     node->weight_ = SavedVariable(linear_weight, false);
     node->bias_ = SavedVariable(linear_b, false);
     node->stats_ = SavedVariable(stats, false);
-    if (requires_grad(sample_weight) && reduction == kMean) node->loss_ = SavedVariable(loss.detach(), false);
+    if (requires_grad(sample_weight) && reduction == kMean) node->loss_ = SavedVariable(loss.detach().clone(), false);
   }
   torch::autograd::set_history(loss, node);
   if (return_lse) torch::autograd::set_history(lse, node);

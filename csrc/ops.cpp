@@ -173,7 +173,7 @@ std::tuple<Tensor, Tensor> margin_softmax_autograd(LTK_MARGIN_PARAMETERS, bool r
   const Tensor a = value_or_undefined(logit_scale), b = value_or_undefined(logit_bias),
                m = value_or_undefined(target_margin), delta = value_or_undefined(pairwise_margin),
                u = value_or_undefined(sample_weight);
-  forbid_forward_mode("margin_cross_entropy", {logits, a, b, m, delta, u});
+  forbid_forward_mode("margin_cross_entropy", {logits, target, value_or_undefined(weight), a, b, m, delta, u});
   const bool needs_graph = torch::autograd::compute_requires_grad(logits, a, b, m, delta, u);
   const bool class_grads = requires_grad(logit_scale) || requires_grad(logit_bias) || requires_grad(target_margin) ||
                            requires_grad(pairwise_margin);
@@ -198,7 +198,7 @@ std::tuple<Tensor, Tensor> margin_softmax_autograd(LTK_MARGIN_PARAMETERS, bool r
     node->stats_ = SavedVariable(stats, false);
     // The logits may be modified after a precomputed gradient: do not hold on to them.
     if (!precompute) node->logits_ = SavedVariable(logits, false);
-    if (u_requires_grad && reduction == kMean) node->loss_ = SavedVariable(loss.detach(), false);
+    if (u_requires_grad && reduction == kMean) node->loss_ = SavedVariable(loss.detach().clone(), false);
   }
   Tensor lse;
   {

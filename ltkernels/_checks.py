@@ -80,3 +80,11 @@ def check_margin_tensor(name: str, tensor: Tensor, classes: int | None) -> None:
 
 def kind_of(value: object) -> str:
     return f"{value.dtype}" if isinstance(value, (Tensor, np.ndarray)) else type(value).__name__
+
+
+def has_no_values(*tensors: Tensor | None) -> bool:
+    """Whether one of them is traced or batched: there is nothing to read."""
+    plain = (Tensor, torch.nn.Parameter)
+    return any(
+        x is not None and (type(x) not in plain or torch._C._functorch.is_functorch_wrapped_tensor(x)) for x in tensors
+    )

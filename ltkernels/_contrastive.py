@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from ltkernels import _ops, reference
-from ltkernels._checks import integer
+from ltkernels._checks import has_no_values, integer
 from ltkernels._rows import REDUCTIONS
 
 DENOMINATORS = {"all": reference.ALL, "own": reference.OWN, "negatives": reference.NEGATIVES}
@@ -221,7 +221,7 @@ def _call(
     _check_embeddings(query, key, options)
     temperature = _temperature(temperature, query)
     _check_shapes(query, key, options)
-    if query.is_cpu and not is_compiling() and not _has_no_values(query, temperature, *options):
+    if query.is_cpu and not is_compiling() and not has_no_values(query, temperature, *options):
         _check_values(query, key, temperature, options)
     if normalize:
         query = reference.directions(query)
@@ -232,14 +232,6 @@ def _call(
     if _ops.uses_kernel(query):
         return _ops.contrastive(*arguments, reduction_code, with_stats)
     return reference.contrastive(*arguments, reduction)
-
-
-def _has_no_values(*tensors: Tensor | None) -> bool:
-    """Whether one of them is traced or batched: there is nothing to read."""
-    plain = (Tensor, torch.nn.Parameter)
-    return any(
-        x is not None and (type(x) not in plain or torch._C._functorch.is_functorch_wrapped_tensor(x)) for x in tensors
-    )
 
 
 def _temperature(temperature: float | Tensor, query: Tensor) -> Tensor:
@@ -257,10 +249,18 @@ def _temperature(temperature: float | Tensor, query: Tensor) -> Tensor:
         return temperature.expand(rows)
     if isinstance(temperature, bool) or not isinstance(temperature, Real):
         raise TypeError(f"temperature: expected a number or a Tensor, got {type(temperature).__name__}")
-    if not 0 < temperature < float("inf"):
-        raise ValueError(f"temperature: expected a finite number above 0, got {temperature}")
-    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+    dtype, largest = _accumulation(query)
+    if not 1 / largest < temperature < largest:
+        raise ValueError(
+            f"temperature: expected a finite number above 0 with a finite inverse in {dtype}, got {temperature}"
+        )
     return query.new_full((rows,), temperature, dtype=dtype)
+
+
+def _accumulation(query: Tensor) -> tuple[torch.dtype, float]:
+    """The dtype that a call computes in, and its largest number."""
+    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+    return dtype, torch.finfo(dtype).max
 
 
 def _check_embeddings(query, key, options: _Options) -> None:
@@ -318,7 +318,9 @@ def _check_shapes(query: Tensor, key: Tensor | None, options: _Options) -> None:
 def _check_values(query: Tensor, key: Tensor | None, temperature: Tensor, options: _Options) -> None:
     """Values that make no sense; on a GPU reading them would synchronise."""
     with torch.no_grad():
-        _refuse_outside(temperature, "temperature", "finite values above 0", above=0, below=math.inf)
+        dtype, largest = _accumulation(query)
+        expected = f"finite values above 0 with a finite inverse in {dtype}"
+        _refuse_outside(temperature, "temperature", expected, above=1 / largest, below=largest)
         for name in ("labels", "key_labels"):
             if (x := getattr(options, name)) is None:
                 continue

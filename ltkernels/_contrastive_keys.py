@@ -10,8 +10,15 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 import ltkernels.functional as LF
-from ltkernels._checks import integer, kind_of, number
-from ltkernels._contrastive_loss import ContrastiveLossModule, as_int64, check_embeddings, check_index, shown
+from ltkernels._checks import has_no_values, integer, kind_of, number
+from ltkernels._contrastive_loss import (
+    ContrastiveLossModule,
+    as_int64,
+    check_embeddings,
+    checked_index,
+    shown,
+    state_dtype,
+)
 from ltkernels.reference import directions
 
 
@@ -106,7 +113,7 @@ class MACLLoss(ContrastiveLossModule):
     Args:
         temperature: :math:`\tau_0 > 0`.
         alpha: How much the temperature changes, in [0, 1].
-        threshold: :math:`A_0` in [0, 1]; ``alpha * (1 + threshold) <= 1``, which keeps the temperature positive.
+        threshold: :math:`A_0` in [0, 1]; ``alpha * (1 + threshold) < 1``, which keeps the temperature positive.
         layout: How two views are ordered, as in :class:`NTXentLoss`.
 
     Raises ``ValueError`` or ``TypeError`` naming the argument that is out of range or of a wrong type.
@@ -124,8 +131,8 @@ class MACLLoss(ContrastiveLossModule):
         self.base_temperature = number("temperature", temperature, "> 0")
         self.alpha = number("alpha", alpha, "in [0, 1]")
         self.threshold = number("threshold", threshold, "in [0, 1]")
-        if self.alpha * (1 + self.threshold) > 1:
-            raise ValueError(f"alpha, threshold: expected alpha * (1 + threshold) <= 1, got {alpha} and {threshold}")
+        if self.alpha * (1 + self.threshold) >= 1:
+            raise ValueError(f"alpha, threshold: expected alpha * (1 + threshold) < 1, got {alpha} and {threshold}")
 
     def forward(self, embeddings: Tensor, positive_index: Tensor | None = None) -> Tensor:
         """The loss, a scalar: embeddings (M, D), normalised here; the positive of each row (M,), or two views."""
@@ -225,9 +232,10 @@ class ISogCLRLoss(ContrastiveLossModule):
             number(name, getattr(self, name), "> 0")
         self.learning_rate = number("learning_rate", learning_rate, ">= 0")
         self.gradient_clip = number("gradient_clip", gradient_clip, "> 0")
-        self.register_buffer("temperature", torch.full((num_samples,), float(temperature)))
-        self.register_buffer("log_average", torch.full((num_samples,), -torch.inf))
-        self.register_buffer("averaged_gradient", torch.zeros(num_samples))
+        dtype = state_dtype()
+        self.register_buffer("temperature", torch.full((num_samples,), float(temperature), dtype=dtype))
+        self.register_buffer("log_average", torch.full((num_samples,), -torch.inf, dtype=dtype))
+        self.register_buffer("averaged_gradient", torch.zeros(num_samples, dtype=dtype))
 
     def forward(self, embeddings: Tensor, index: Tensor) -> Tensor:
         """The loss, a scalar.
@@ -243,11 +251,11 @@ class ISogCLRLoss(ContrastiveLossModule):
         if not negatives:
             raise ValueError("embeddings: expected two views of at least two samples, got one sample")
         index = as_int64(index)
-        row_samples = self._rows("index", index, rows)
+        self._rows("index", index, rows)
         if index.shape[0] == rows:
             raise ValueError(f"index: expected shape ({rows // 2},), one number for both views, got ({rows},)")
-        check_index(index, self.num_samples)
-        embeddings, temperature = directions(embeddings), self.temperature[row_samples]
+        index = checked_index(index, self.num_samples)
+        embeddings, temperature = directions(embeddings), self.temperature[self._spread(index)]
         options = {"temperature": temperature, "positive_index": positive_index, "denominator": "negatives"}
         with torch.no_grad():
             _, stats = LF.contrastive_loss(embeddings.detach(), **options, reduction="none", return_stats=True)
@@ -420,7 +428,7 @@ def _check_labels(labels: Tensor, rows: int, classes: int | None) -> None:
         raise TypeError(f"labels: expected an integer Tensor, got {kind_of(labels)}")
     if labels.shape != (rows,):
         raise ValueError(f"labels: expected shape ({rows},), got {tuple(labels.shape)}")
-    if is_compiling() or type(labels) is not Tensor or not labels.is_cpu:
+    if is_compiling() or not labels.is_cpu or has_no_values(labels):
         return
     bad = (labels < -1) | (labels >= classes) if classes is not None else labels < -1
     if bad.any():

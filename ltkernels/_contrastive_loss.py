@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 import ltkernels.functional as LF
-from ltkernels._checks import kind_of, number
+from ltkernels._checks import has_no_values, kind_of, number
 from ltkernels._contrastive import LAYOUTS
 
 
@@ -247,7 +247,7 @@ class TemperatureScheduledLoss(NTXentLoss):
         minimum, maximum = number("minimum", minimum, "> 0"), number("maximum", maximum, "> 0")
         if minimum > maximum:
             raise ValueError(f"minimum, maximum: expected minimum <= maximum, got {minimum} and {maximum}")
-        super().__init__(torch.tensor(maximum), average, normalize, layout=layout)
+        super().__init__(torch.tensor(maximum, dtype=state_dtype()), average, normalize, layout=layout)
         self.t_max, self.minimum, self.maximum = t_max, minimum, maximum
 
     def set_epoch(self, epoch: float) -> None:
@@ -339,8 +339,7 @@ class TemperatureContrastiveLoss(ContrastiveLossModule):
         check_embeddings(embeddings, dims=(2,))
         embeddings, labels, positive_index = self._batch(embeddings, labels, positive_index)
         index = as_int64(index)
-        rows = self._rows("index", index, embeddings.shape[0])
-        check_index(index, self.temperature.shape[0])
+        rows = checked_index(self._rows("index", index, embeddings.shape[0]), self.temperature.shape[0])
         return LF.contrastive_loss(
             embeddings,
             temperature=self.temperature[rows],
@@ -367,13 +366,14 @@ def check_embeddings(embeddings: Tensor, dims: tuple[int, ...] = (2, 3)) -> None
         raise ValueError(f"embeddings: expected shape {expected}, got {tuple(embeddings.shape)}")
 
 
-def check_index(index: Tensor, samples: int) -> None:
-    """On CPUs; reading values of a GPU would synchronise."""
-    if is_compiling() or type(index) is not Tensor or not index.is_cpu:
-        return
+def checked_index(index: Tensor, samples: int) -> Tensor:
+    """The index, or one that is out of range wherever it is, as negative ones would count from the end."""
+    if is_compiling() or not index.is_cpu or has_no_values(index):  # reading values of a GPU would synchronise
+        return torch.where(index < 0, samples, index)
     bad = (index < 0) | (index >= samples)
     if bad.any():
         raise ValueError(f"index: expected samples from 0 to {samples - 1}, got {int(index[bad][0])}")
+    return index
 
 
 def _check_vector(name: str, x: Tensor, samples: int | None) -> None:
@@ -387,6 +387,11 @@ def _check_vector(name: str, x: Tensor, samples: int | None) -> None:
         index = int(bad.nonzero()[0])
         interval = "above 0" if positive else "of at least 0"
         raise ValueError(f"{name}: expected finite values {interval}, got {x[index].item():g} for sample {index}")
+
+
+def state_dtype() -> torch.dtype:
+    """Of new buffers: torch's default dtype, float32 at least."""
+    return torch.promote_types(torch.get_default_dtype(), torch.float32)
 
 
 def at_least_float32(x: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from ltkernels import _ops, reference
+from ltkernels._checks import has_no_values
 
 REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
 
@@ -141,6 +142,13 @@ def fold_scale(
         raise ValueError(
             f"scale: expected a number or a 0-d floating tensor, got {scale.dtype} of shape {tuple(scale.shape)}"
         )
+    for name, x in (("logit_scale", logit_scale), ("target_margin", target_margin)):
+        if x is not None and not isinstance(x, Tensor):
+            raise TypeError(f"{name}: expected a Tensor or None, got {type(x).__name__}")
+        if x is not None and not x.is_floating_point():
+            raise TypeError(f"{name}: expected a floating dtype, got {x.dtype}")
+    if scale.is_cpu and not is_compiling() and not has_no_values(scale) and not torch.isfinite(scale):
+        raise ValueError(f"scale: expected finite values, got {scale.item():g}")
     # In the precision of the kernels: torch would give the product with 16-bit vectors 16 bits.
     acc = torch.float64 if input.dtype == torch.float64 else torch.float32
     scale = scale.to(acc)

@@ -47,6 +47,9 @@ def _fold(info, in_dims: tuple, args: tuple, undefined: float) -> tuple[list, in
 
     logits, target = batched(_LOGITS), batched(_TARGET)
     rows, classes = logits.shape[1:]
+    for name, position in (("target", _TARGET), ("sample_weight", _SAMPLE_WEIGHT), ("row_class", _ROW_CLASS)):
+        if args[position] is not None and batched(position).shape[1:2] != (rows,):
+            raise ValueError(f"{name}: expected {rows} entries, one a row, got {tuple(batched(position).shape[1:])}")
     share, defined = _share_of_row(args, batched, target, rows, logits, undefined)
     args[_LOGITS] = logits.reshape(batch * rows, classes)
     args[_TARGET] = target.reshape(batch * rows, *target.shape[2:])

@@ -220,6 +220,11 @@ def _with_prior(logit_bias: Tensor | None, prior_counts: Tensor, tau: float, cla
         raise TypeError(f"tau: expected a number, got {type(tau).__name__}")
     if not -math.inf < tau < math.inf:
         raise ValueError(f"tau: expected a finite number, got {tau}")
+    if logit_bias is not None and (not isinstance(logit_bias, Tensor) or logit_bias.shape != (classes,)):
+        found = f"shape {tuple(logit_bias.shape)}" if isinstance(logit_bias, Tensor) else type(logit_bias).__name__
+        raise ValueError(f"logit_bias: expected a Tensor of shape ({classes},), got {found}")
+    if logit_bias is not None and not logit_bias.is_floating_point():
+        raise TypeError(f"logit_bias: expected a floating dtype, got {logit_bias.dtype}")
     prior = (_ops.log_prior if is_compiling() else _ops.log_prior_direct)(prior_counts, tau)
     return prior if logit_bias is None else logit_bias + prior
 
@@ -370,6 +375,8 @@ def _class_dim(logits: Tensor, num_classes: int) -> int:
         raise TypeError(f"logits: expected a Tensor, got {type(logits).__name__}")
     if isinstance(num_classes, bool) or not isinstance(num_classes, (int, torch.SymInt)):
         raise TypeError(f"num_classes: expected an int, got {type(num_classes).__name__}")
+    if not logits.is_floating_point():
+        raise TypeError(f"logits: expected a floating dtype, got {logits.dtype}")
     if logits.dim() == 0:
         raise ValueError("logits: expected shape (K,), (N, K) or (N, K, d1, ...), got a 0-d tensor")
     dim = 0 if logits.dim() == 1 else 1

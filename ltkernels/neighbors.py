@@ -96,7 +96,8 @@ class NeighborMap:
     def __init__(self, offsets: Tensor, classes: Tensor, *, num_classes: int, num_auxiliary: int) -> None:
         num_classes, num_auxiliary = _sizes(num_classes, num_auxiliary)
         P.check_csr(offsets, classes, num_classes, num_auxiliary)
-        self._set(offsets, classes, num_classes, num_auxiliary)
+        # Copies: who writes to them afterwards writes to a checked map that does not change.
+        self._set(offsets.clone(), classes.clone(), num_classes, num_auxiliary)
 
     def _set(self, offsets: Tensor, classes: Tensor, num_classes: int, num_auxiliary: int) -> None:
         object.__setattr__(self, "_offsets", offsets)

@@ -181,6 +181,7 @@ class EqualizationLoss(MarginCrossEntropyLoss):
     ) -> None:
         super().__init__(**options)
         self.register_buffer("tail", M.tail_classes(class_counts, threshold))
+        self._put_empty_buffers_last()
         self.threshold = threshold
         self.gamma = number("gamma", gamma, "in [0, 1]")
 

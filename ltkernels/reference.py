@@ -70,8 +70,8 @@ def margin_softmax(
     if neighbor_offsets is not None:
         silenced = silenced_classes(y if indices else row_class.long(), neighbor_offsets, neighbor_classes, back_from)
 
-    # Ignored rows and silenced classes may hold anything, NaN included: they are out of the graph altogether.
-    present = kept[:, None] if neighbor_weight > 0 else kept[:, None] & ~silenced
+    # Ignored rows and classes that are out may hold anything, NaN included: they are out of the graph altogether.
+    present = allowed & kept[:, None] if neighbor_weight > 0 else allowed & kept[:, None] & ~silenced
     f = torch.where(present, logits.to(acc), 0.0)
     # d(a f)/da is f, which is defined as 0 where f = -inf so that a removed class does not poison a's gradient.
     removed = f == -torch.inf

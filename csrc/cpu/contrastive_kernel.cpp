@@ -90,21 +90,24 @@ void accumulate(const Tile<A>& t, A* row_max, A* row_sum) {
       top = larger(load(l + j), top);
       other = larger(load(l + j + W), other);
     }
-    const A largest = lane_max<A>(larger(top, other)) * factor;
+    const A largest = rounded(lane_max<A>(larger(top, other)) * factor);
     if (largest > row_max[i]) {
       row_sum[i] *= row_max[i] == -kInfinity<A> ? A(0) : static_cast<A>(__builtin_exp(row_max[i] - largest));
       row_max[i] = largest;
     }
     if (row_max[i] == -kInfinity<A>) {
-      // Nothing so far, or NaN alone: the maximum passes over it, the sum must not.
-      for (int64_t j = 0; j < t.keys; ++j) row_sum[i] += l[j] != l[j] ? l[j] : A(0);
+      // Nothing so far, or NaN alone: the maximum passes over it, the sum must not. A temperature may be NaN, too.
+      for (int64_t j = 0; j < t.keys; ++j) {
+        const A z = l[j] == -kInfinity<A> ? A(0) : l[j] * factor;
+        row_sum[i] += z != z ? z : A(0);
+      }
       return;
     }
     const Vec<A> m = broadcast<A>(row_max[i]), f = broadcast<A>(factor);
     Vec<A> sum = {}, more = {};
     for (int64_t j = 0; j < t.stride; j += 2 * W) {
-      sum += exp_nonpositive(load(l + j) * f - m);
-      more += exp_nonpositive(load(l + j + W) * f - m);
+      sum += exp_nonpositive(rounded(load(l + j) * f) - m);
+      more += exp_nonpositive(rounded(load(l + j + W) * f) - m);
     }
     row_sum[i] += lane_sum<A>(sum + more);
   });
@@ -127,7 +130,7 @@ LTK_INLINE void raise_maximum(A largest, A& max, A& sum) {
 template <typename A>
 LTK_INLINE void raise_maxima(const A* largest_x, const A* factor, int64_t keys, A* max, A* sum) {
   for (int64_t j = 0; j < keys; j += Simd<A>::kLanes) {
-    const Vec<A> known = load(max + j), top = larger(load(largest_x + j) * load(factor + j), known);
+    const Vec<A> known = load(max + j), top = larger(rounded(load(largest_x + j) * load(factor + j)), known);
     store(sum + j, load(sum + j) * exp_nonpositive(known - finite_maximum<A>(top)));
     store(max + j, top);
   }
@@ -147,7 +150,7 @@ void accumulate_both(const Tile<A>& t, const Mirror<A>& mirror, A* row_max, A* r
       top = larger(value, top);
       store(key_top + j, larger(value, load(key_top + j)));
     }
-    raise_maximum<A>(lane_max<A>(top) * t.inverse_temperature[i], row_max[i], row_sum[i]);
+    raise_maximum<A>(rounded(lane_max<A>(top) * t.inverse_temperature[i]), row_max[i], row_sum[i]);
   }
   raise_maxima<A>(key_top, key_factor, t.stride, key_max, key_sum);
   for (int64_t i = 0; i < t.rows; ++i) {
@@ -156,9 +159,9 @@ void accumulate_both(const Tile<A>& t, const Mirror<A>& mirror, A* row_max, A* r
     Vec<A> sum = {};
     for (int64_t j = 0; j < t.stride; j += W) {
       const Vec<A> value = load(x + j);
-      sum += exp_nonpositive(value * f - m);
+      sum += exp_nonpositive(rounded(value * f) - m);
       const Vec<A> key_m = finite_maximum<A>(load(key_max + j));
-      store(key_sum + j, load(key_sum + j) + exp_nonpositive(value * load(key_factor + j) - key_m));
+      store(key_sum + j, load(key_sum + j) + exp_nonpositive(rounded(value * load(key_factor + j)) - key_m));
     }
     row_sum[i] += lane_sum<A>(sum);
   }
@@ -208,7 +211,7 @@ LTK_INLINE void for_each_positive(const Tile<A>& t, int64_t i, F f) {
   if (t.label[i] < 0) return;
   const A* x = t.x + i * t.stride;
   for (int64_t j = 0; j < t.keys; ++j) {
-    if (t.key_label[j] == t.label[i] && x[j] != -kInfinity<A>) f(j, x[j] * t.inverse_temperature[i]);
+    if (t.key_label[j] == t.label[i] && x[j] != -kInfinity<A>) f(j, rounded(x[j] * t.inverse_temperature[i]));
   }
 }
 
@@ -234,7 +237,7 @@ template <typename A>
 LTK_INLINE Vec<A> probability(const A* l, A factor, A lse) {
   if (lse == -kInfinity<A>) return Vec<A>{};
   // Rounding may leave the largest logit a little above the log-sum-exp.
-  const Vec<A> z = load(l) * factor - lse;
+  const Vec<A> z = rounded(load(l) * factor) - lse;
   return exp_nonpositive(z > 0 ? Vec<A>{} : z);
 }
 
@@ -325,8 +328,8 @@ LTK_INLINE void gradient_of_both(
     Vec<A> product = {};
     for (int64_t j = 0; j < t.stride; j += W) {
       const Vec<A> value = load(x + j);
-      const Vec<A> z = value * factor - lse,
-                   mirror_z = value * load(mirror.inverse_temperature + j) - load(keys.lse + j);
+      const Vec<A> z = rounded(value * factor) - lse,
+                   mirror_z = rounded(value * load(mirror.inverse_temperature + j)) - load(keys.lse + j);
       Vec<A> g = exp_nonpositive(z > 0 ? Vec<A>{} : z) * negative;
       Vec<A> mirror_g = exp_nonpositive(mirror_z > 0 ? Vec<A>{} : mirror_z) * load(keys.negative + j);
       if constexpr (kLabels) {

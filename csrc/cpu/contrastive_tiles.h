@@ -66,7 +66,11 @@ class ContrastiveTiles {
     block_ = size < 512 ? 64 : 128;
     stride_ = block_;
     inverse_tau_.assign(blocks(rows_) * block_, 1);  // padded: sweeps of both roles read whole vectors
-    for (int64_t i = 0; i < rows_; ++i) inverse_tau_[i] = 1 / tau_[i];
+    // NaN where it makes no sense: callers whose values can be read are told before.
+    for (int64_t i = 0; i < rows_; ++i) {
+      const A inverse = 1 / tau_[i];
+      inverse_tau_[i] = inverse > 0 && std::isfinite(inverse) ? inverse : std::numeric_limits<A>::quiet_NaN();
+    }
     without_positives_ = denominator == kOwn || denominator == kNegatives;
     set_labels(labels, key_labels, denominator);
     set_positive_index(positive_index);

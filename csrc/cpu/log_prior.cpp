@@ -2,6 +2,7 @@
 // operations of Python this cost a fifth of the loss itself at 512 rows.
 #include <ATen/ATen.h>
 #include <ATen/TensorSubclassLikeUtils.h>
+#include <torch/csrc/autograd/VariableTypeUtils.h>
 #include <torch/library.h>
 
 #include <cmath>
@@ -70,7 +71,7 @@ at::Tensor log_prior(const at::Tensor& counts, double tau) {
   if (!n.is_cpu() || at::isTensorSubclassLike(n)) return generic();  // values are out of reach
   const bool is_double = n.scalar_type() == at::kDouble;
   const double total = is_double ? checked_total<double>(n) : checked_total<float>(n);
-  if (n.requires_grad()) return generic();
+  if (n.requires_grad() || torch::autograd::isFwGradDefined(n)) return generic();
   return is_double ? plain_log_prior<double>(n, total, tau) : plain_log_prior<float>(n, total, tau);
 }
 

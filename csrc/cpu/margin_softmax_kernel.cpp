@@ -204,7 +204,10 @@ void add_class_gradients(const MarginSoftmaxArgs<A>& p, int64_t i, const A* g, A
   A* db = class_grad + C;
   A* dm = class_grad + 2 * C;
   widen_row(p.logits, p.logits_type, i * p.logits_stride, C, row);
-  zero_silenced(p, i, row);  // whatever the logits of classes that are out, NaN times 0 included
+  // Whatever the logits of classes that are out, NaN times 0 included.
+  zero_silenced(p, i, row);
+  const bool* mask = mask_row(p, i);
+  for (int64_t j = 0; mask != nullptr && j < C; ++j) row[j] = mask[j] ? row[j] : 0;
   for (int64_t j = 0; j < C; ++j) da[j] += row[j] == -kInfinity<A> ? 0 : p.raw_scale * row[j] * g[j];
   for (int64_t j = 0; j < C; ++j) db[j] += g[j];
   if (p.index != nullptr) {

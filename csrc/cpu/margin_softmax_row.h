@@ -371,6 +371,21 @@ LTK_INLINE void zero_gradient(const MarginSoftmaxArgs<A>& p, int64_t i) {
 // ----------------------------------------------------------------------------------------------- target distribution
 
 // t' of row i without u, in `t` (zeros in the padding), for probabilities and smoothed indices. Returns T.
+// The sum of term(j) over vectors that begin at j, halves added to halves: terms of about the same size, such as those
+// of label smoothing, lose digits in a running sum of many, and always in the same direction.
+template <typename A, typename F>
+Vec<A> pairwise_sum(int64_t begin, int64_t end, const F& term) {
+  constexpr int64_t W = Simd<A>::kLanes;
+  constexpr int64_t kRun = 32 * W;
+  if (end - begin > kRun) {
+    const int64_t middle = begin + (end - begin) / (2 * W) * W;
+    return pairwise_sum<A>(begin, middle, term) + pairwise_sum<A>(middle, end, term);
+  }
+  Vec<A> sum = {};
+  for (int64_t j = begin; j < end; j += W) sum += term(j);
+  return sum;
+}
+
 template <typename A>
 A target_distribution(const MarginSoftmaxArgs<A>& p, int64_t i, A* t) {
   const int64_t C = p.classes;
@@ -392,22 +407,17 @@ A target_distribution(const MarginSoftmaxArgs<A>& p, int64_t i, A* t) {
   zero_silenced(p, i, t);
   for (int64_t j = 0; p.weight != nullptr && j < C; ++j) t[j] *= p.weight[j];
   for (int64_t j = C; j < padded<A>(C); ++j) t[j] = 0;
-  constexpr int64_t W = Simd<A>::kLanes;
-  Vec<A> total = {};
-  for (int64_t j = 0; j < padded<A>(C); j += W) total += load(t + j);
-  return lane_sum<A>(total);
+  return lane_sum<A>(pairwise_sum<A>(0, padded<A>(C), [&](int64_t j) { return load(t + j); }));
 }
 
 // sum_j t'[j] * (v[j] - M), where a term with t' = 0 is 0.
 template <typename A>
 A expected_logit(const A* t, const A* v, int64_t size, A top) {
-  constexpr int64_t W = Simd<A>::kLanes;
-  Vec<A> sum = {};
-  for (int64_t j = 0; j < size; j += W) {
+  const auto term = [&](int64_t j) {
     const Vec<A> mass = load(t + j);
-    sum += mass == 0 ? Vec<A>{} : mass * (load(v + j) - broadcast<A>(top));
-  }
-  return lane_sum<A>(sum);
+    return mass == 0 ? Vec<A>{} : mass * (load(v + j) - broadcast<A>(top));
+  };
+  return lane_sum<A>(pairwise_sum<A>(0, size, term));
 }
 
 template <typename A>

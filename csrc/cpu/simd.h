@@ -84,6 +84,21 @@ LTK_INLINE Vec<float> larger(Vec<float> a, Vec<float> b) { return Vec<float>(_mm
 LTK_INLINE Vec<float> larger(Vec<float> a, Vec<float> b) { return Vec<float>(_mm256_max_ps(__m256(a), __m256(b))); }
 #endif
 
+// A product as it is rounded. The compiler may fuse `a * b - c` into one operation on the exact product, which is
+// another number than the one that a maximum was taken of: by half a unit in the last place, much more than 1 from 2^24
+// on.
+template <typename T>
+LTK_INLINE T rounded(T product) {
+#if defined(__x86_64__)
+  __asm__("" : "+x"(product));
+#elif defined(__aarch64__)
+  __asm__("" : "+w"(product));
+#else
+  __asm__("" : "+m"(product));
+#endif
+  return product;
+}
+
 // 0, 1, 2, ... and, as an index of shuffles, lanes of that number.
 template <typename A>
 LTK_INLINE typename Simd<A>::Int lane_numbers() {
