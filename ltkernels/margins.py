@@ -447,4 +447,6 @@ def _effective_number(class_counts: ClassCounts, beta: float) -> Tensor:
 def _like(class_counts: ClassCounts, values: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """``values`` in the dtype of a result, on the device of the counts they come from."""
     values = values.to(dtype)  # before the move: not every device knows float64
+    if not values.isfinite().all():
+        raise ValueError(f"class_counts: expected counts and settings whose results are finite in {dtype}")
     return values.to(class_counts.device) if isinstance(class_counts, Tensor) else values

@@ -64,6 +64,8 @@ def _row_values(
     """Of rows, along the other axis than AXIS: their number, 1 / tau, label and the index of their positive."""
     inside = index < n
     slope = tl.load(p.inverse_temperature + index, mask=inside, other=0.0)
+    # A temperature that makes no sense: reading it would synchronise, a number would look right.
+    slope = tl.where(((slope > 0) & (slope < float("inf"))) | ~inside, slope, float("nan"))
     label, positive = index, index
     if OPTIONS & NEEDS_LABEL:
         label = tl.load(p.label + index, mask=inside, other=-1)

@@ -369,10 +369,14 @@ def nothing_to_do() -> None:
 
 @case
 def a_bad_temperature_stays_in_its_row() -> None:
-    call = example(reduction=0, labels=torch.zeros(9, dtype=torch.int64))
-    call["temperature"][2] = math.nan
-    loss = forward(call, 0)["loss"]
-    assert loss[2].isnan() and loss[[0, 1, 3, 4, 5, 6, 7, 8]].isfinite().all()
+    others = [0, 1, 3, 4, 5, 6, 7, 8]
+    for denominator in (ALL, OWN, NEGATIVES, LOGSUMEXP):
+        call = example(reduction=0, labels=torch.arange(9) % 2, denominator=denominator)
+        for value in (math.nan, 0.0, -0.5, 1e-39, INF):
+            call["temperature"][2] = value
+            got = forward(call, wanted(call, ("temperature",)))
+            for name in ("loss", "dtemperature"):
+                assert got[name][2].isnan() and got[name][others].isfinite().all(), (denominator, value, name)
 
 
 @case
