@@ -184,15 +184,19 @@ def main() -> None:
         for arm, rate in itertools.product(ARMS, LEARNING_RATES):
             runs = [train(arm, split, 100 + s, options.epochs, rate, "validation") for s in range(options.seeds)]
             lines.append("| {} | {} | {:.2f} ±{:.2f} |".format(arm, rate, *mean_and_error(group_means(runs, "all"))))
+            print(lines[-1], flush=True)
         (options.out / "tuning.md").write_text("\n".join(lines) + "\n")
+        print(f"written: {options.out / 'tuning.md'}")
         return
     results = {}
     for arm, (*_, rate) in ARMS.items():
         results[arm] = [train(arm, split, s, options.epochs, rate, "test") for s in range(options.seeds)]
+        print("{}: {:.1f} % ±{:.1f}".format(arm, *mean_and_error(group_means(results[arm], "all"))), flush=True)
     (options.out / "results.md").write_text(table(results))
     record = {"epochs": options.epochs, "torch": torch.__version__, "training_images": COUNTS, "accuracy": results}
     (options.out / "results.json").write_text(json.dumps(record, ensure_ascii=False))
     picture(results, options.out / "accuracy.png")
+    print(f"written: {options.out}")
     map_of(NEIGHBORS).plot(options.out / "map.png", class_counts=counts_of(0), class_names=TARGETS)
 
 

@@ -14,9 +14,10 @@ _DESCRIPTION = Path(__file__).with_name("_build.json")
 
 def description() -> dict:
     """Torch version and instruction sets of the built extension. Raises ImportError where there is none."""
-    if not LIBRARY.exists() or not _DESCRIPTION.exists():
+    missing = [str(file) for file in (LIBRARY, _DESCRIPTION) if not file.exists()]
+    if missing:
         raise ImportError(
-            f"ltkernels: the compiled extension is missing ({LIBRARY}). Build it with "
+            f"ltkernels: the compiled extension is missing ({', '.join(missing)}). Build it with "
             "`pip install --no-build-isolation .` or, in a source tree, `python setup.py build_ext --inplace`."
         )
     return json.loads(_DESCRIPTION.read_text())

@@ -46,6 +46,9 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    except ImportError as error:  # above all an extension that is not built, or for another torch
+        print(error, file=sys.stderr)
+        return 2
     return cli.main(argv)
 
 

@@ -87,3 +87,15 @@ def test_interrupt_while_the_trainer_is_imported(monkeypatch, capsys):
     monkeypatch.setattr(builtins, "__import__", interrupt)
     assert cli.main(["train", "digits"]) == 130
     assert capsys.readouterr().err == "interrupted\n"
+
+
+def test_an_extension_that_does_not_load_ends_without_a_traceback(monkeypatch, capsys):
+    def broken(name, *arguments):
+        if name == "ltkernels.trainer" and "cli" in arguments[2]:
+            raise ImportError("ltkernels: the compiled extension is missing")
+        return imported(name, *arguments)
+
+    imported = builtins.__import__
+    monkeypatch.setattr(builtins, "__import__", broken)
+    assert cli.main(["table", "--help"]) == 2
+    assert capsys.readouterr().err == "ltkernels: the compiled extension is missing\n"

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import ltkernels.functional as LF
-from ltkernels import _ops
+from ltkernels import _ops, margins
 from ltkernels import nn as lnn
 from ltkernels.neighbors import NeighborMap
 
@@ -181,6 +181,14 @@ def test_a_learned_scale_that_is_not_finite_is_named(value: float) -> None:
         LF.margin_cross_entropy(LOGITS, TARGET, scale=torch.tensor(value))
     with pytest.raises(ValueError, match=r"^scale: expected finite values, got"):
         LF.linear_margin_cross_entropy(LOGITS, torch.eye(5), TARGET, scale=torch.tensor(value))
+
+
+@pytest.mark.parametrize("tau", [1e38, 1e39, 1e308])
+def test_a_prior_beyond_float32_is_refused(tau: float) -> None:
+    with pytest.raises(ValueError, match="class_counts: expected counts and settings whose results are finite in"):
+        margins.logit_adjustment([1000, 5, 4], tau)
+    with pytest.raises(ValueError, match="prior_counts: expected counts and settings whose results are finite in"):
+        lnn.NeighborSilencingLoss(NEIGHBORS, prior_counts=[1000, 5, 4, 3, 2], tau=tau)
 
 
 @pytest.mark.parametrize("name, value", [("target", TARGET[:1]), ("sample_weight", torch.ones(1))])

@@ -108,7 +108,13 @@ def resume_image_training(path: Path, options: ResumeOptions, command: str, cons
     Raises:
         TrainerError: the folder is not that of a run, or none of its checkpoints can be read.
     """
+    if not path.is_dir():
+        raise TrainerError(f"--resume: there is no folder {path}")
     name, recipe = load_recipe(path / RECIPE_FILE)
+    if (path / METRICS_FILE).is_file():
+        again = f"ltkernels train --from {path / RECIPE_FILE} trains it once more"
+        console.print(f"{path}: this run is finished; {again}", highlight=False, markup=False, soft_wrap=True)
+        return 0
     recipe = dataclasses.replace(
         recipe, cuda_graph=recipe.cuda_graph and options.cuda_graph, compile=recipe.compile and options.compile
     )
@@ -158,6 +164,7 @@ def _train(fit: Fit, folder: RunFolder, checkpoints: CheckpointFolder, tensorboa
 
 def _finish(fit: Fit, folder: RunFolder, config: dict[str, Any], console: Console) -> None:
     seconds = fit.seconds
+    console.print("writing weights, predictions and features of all images", highlight=False)
     export_weights(folder.path, fit.evaluated_network.state_dict())
     folder.write(PREDICTIONS_FILE, predictions(fit.logits(), fit.scale, fit.test_target))
     test_embedding = fit.outputs(fit.evaluated_network.features, fit.test_images)
@@ -261,8 +268,9 @@ def _now() -> str:
 
 
 def _print_start(console: Console, config: dict[str, Any], step: int, recipe: ImageRecipe) -> None:
+    tier = f"tier {recipe.tier}" if recipe.tier in TIERS else recipe.tier
     lines = [
-        f"{config['recipe_name']} (recipe {config['recipe_hash']}), tier {recipe.tier}, {config['source']}: "
+        f"{config['recipe_name']} (recipe {config['recipe_hash']}), {tier}, {config['source']}: "
         f"{config['train_images']} training images, {config['test_images']} test images",
         f"sha256 of the images: test {config['test_fingerprint'][:12]}, training {config['train_fingerprint'][:12]}",
         describe(config),

@@ -407,7 +407,7 @@ def test_a_second_interrupt_interrupts_at_once():
         (["train", "tiny-ce", "--lr", "0"], "lr: expected a number > 0"),
         (["train", "tiny-ce", "--out", "."], "exists: a run folder is never overwritten"),
         (["train", "--from"], "--from: expected the recipe.json of a run"),
-        (["train", "--resume", "nowhere"], "nowhere/recipe.json: No such file"),
+        (["train", "--resume", "nowhere"], "--resume: there is no folder nowhere"),
         (["train", "cifar100-lt-magic"], "unknown recipe 'cifar100-lt-magic': known are digits, cifar10-lt-ce"),
         (["posthoc"], "posthoc: expected the folder of a finished run"),
         (["posthoc", "nowhere"], "nowhere/recipe.json: No such file"),

@@ -97,6 +97,17 @@ def test_a_run_goes_on_without_a_graph(tmp_path, monkeypatch, options):
     assert graphs == [not options] and (tmp_path / "run" / "metrics.json").is_file()
 
 
+def test_a_finished_run_is_not_trained_again(tmp_path, capsys):
+    out, cpu = tmp_path / "run", ["--accelerator", "cpu", "--no-tensorboard"]
+    assert main(["train", "tiny-ce", "--steps", "3", "--out", str(out), *cpu]) == 0
+    said = capsys.readouterr().out
+    assert "3 steps of 16, made for tests" in said and "tier 3" not in said
+    before = {file: file.stat().st_mtime_ns for file in out.iterdir()}
+    assert main(["train", "--resume", str(out), *cpu]) == 0
+    assert f"{out}: this run is finished; ltkernels train --from {out / 'recipe.json'}" in capsys.readouterr().out
+    assert {file: file.stat().st_mtime_ns for file in out.iterdir()} == before
+
+
 def make_fit():
     data, recipe = load_tiny(), tiny_recipe()
     with open_fabric(recipe.precision, "cpu") as fabric:

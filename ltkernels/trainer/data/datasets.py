@@ -90,11 +90,11 @@ class LongTail:
     """Which images of a data set are trained on, and which it is evaluated on."""
 
     imbalance_factor: float | None = 100.0
-    """Images of the largest class over those of the smallest; none: all images, for a set that has its own tail."""
+    """Images of the largest class over those of the smallest; None: all images, for a set that has its own tail."""
     profile: Profile = "exp"
     """How the classes get smaller: exponentially, or in one step in the middle."""
     max_count: int | None = None
-    """Images of the largest class; default: as many as the largest class has."""
+    """Images of the largest class; None: as many as the largest class has."""
     subset_seed: int = 0
     """Seed of the selection inside the classes."""
     selection: Selection = "hash"

@@ -59,7 +59,7 @@ def class_counts(
         raise TrainerError(f"profile: expected 'exp' or 'step', got {profile!r}")
     if last < 1:
         raise TrainerError(
-            f"imbalance_factor: {imbalance_factor:g} leaves the last class {max_count} / {imbalance_factor:g} images, "
+            f"imbalance_factor: {imbalance_factor:g} leaves the last class {max_count / imbalance_factor:.2g} images, "
             "fewer than one; lower it or raise max_count"
         )
     return tuple(counts)
