@@ -194,7 +194,7 @@ def test_a_diverging_run_names_the_step_and_keeps_what_is_done(tmp_path, capsys)
         (["train", "digits", "--epochs", "0"], "epochs: expected a number >= 1, got 0"),
         (["train", "digits", "--seeds", "0"], "seeds: expected at least 1, got 0"),
         (["train", "digits", "--first-seed", "-1"], "first_seed: expected 0.."),
-        (["train", "digits", "--imbalance-factor", "500"], "imbalance_factor: 500 leaves the last class 120 / 500"),
+        (["train", "digits", "--imbalance-factor", "500"], "imbalance_factor: 500 leaves the last class 0.24 images"),
         (["train", "digits", "--max-count", "130"], "max_count: class 0 has 128 images to train on, 130 are asked for"),
         (["train", "digits", "--test-per-class", "200"], "held-out images: class 8 has 174 images"),
         (["train", "digits", "--methods", "ce", "ce"], "methods: expected each method once"),
