@@ -58,9 +58,20 @@ def scaled(channels: tuple[int, ...], width: float) -> tuple[int, ...]:
     return tuple(round(count * width) for count in channels)
 
 
+class MeanOverPositions(nn.Module):
+    """(N, D, H, W) to (N, D).
+
+    The same bits as ``nn.AdaptiveAvgPool2d(1)``, of which torch 2.11 compiles a wrong gradient, 0, if the images are
+    channels-last and the embeddings are normalised.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mean((2, 3))
+
+
 def pooled(*stages: nn.Module) -> nn.Sequential:
     """The stages, then the mean over all positions: (N, D)."""
-    return nn.Sequential(*stages, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    return nn.Sequential(*stages, MeanOverPositions())
 
 
 def residual_backbone(
