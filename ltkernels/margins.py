@@ -437,11 +437,9 @@ def _log_prior(class_counts: ClassCounts) -> Tensor:
 
 
 def _effective_number(class_counts: ClassCounts, beta: float) -> Tensor:
-    counts = class_counts_of(class_counts)
-    beta = number("beta", beta, "in [0, 1)")
+    counts, beta = class_counts_of(class_counts), number("beta", beta, "in [0, 1)")
     # 1 - beta^n as written loses the digits of a fractional n where beta^n is near 1; expm1 loses none.
-    log_beta = math.log(beta) if beta > 0 else -math.inf
-    return -torch.expm1(counts * log_beta) / (1 - beta)
+    return -torch.expm1(counts * (math.log(beta) if beta > 0 else -math.inf)) / (1 - beta)
 
 
 def _like(class_counts: ClassCounts, values: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -55,10 +55,7 @@ FAULTS_OF_THE_SWEEPS: dict[str, tuple[str, str]] = {
     "the other labels in the denominator": ("l[j] = same == same_only ?", "l[j] = same != same_only ?"),
     "skip every other vector": ("      more += exp_nonpositive(rounded(load(l + j + W) * f) - m);", ""),
     "the maximum of every other vector": ("      other = larger(load(l + j + W), other);", ""),
-    "no maximum subtracted": (
-        "const A largest = rounded(lane_max<A>(larger(top, other)) * factor);",
-        "const A largest = 0;",
-    ),
+    "no maximum subtracted": ("rounded(lane_max<A>(larger(top, other)) * factor);", "0;"),
     "the sum keeps its old maximum": (
         "row_sum[i] *= row_max[i] == -kInfinity<A>",
         "if (row_max[i] == -kInfinity<A>) row_sum[i] *= true",

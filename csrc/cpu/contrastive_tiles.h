@@ -1,5 +1,4 @@
-// The tiles of a similarity matrix q k^T: who computes which, what is masked in them, and products with keys and
-// queries.
+// The tiles of a similarity matrix q k^T: who computes which, what is masked in them, products with keys and queries.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -63,14 +62,11 @@ class ContrastiveTiles {
     tau_ = vector(temperature);
     // Small batches want enough tiles for all threads, large ones tiles that fill the cache.
     const int64_t size = std::max(rows_, keys_);
-    block_ = size < 512 ? 64 : 128;
-    stride_ = block_;
+    block_ = stride_ = size < 512 ? 64 : 128;
     inverse_tau_.assign(blocks(rows_) * block_, 1);  // padded: sweeps of both roles read whole vectors
+    for (int64_t i = 0; i < rows_; ++i) inverse_tau_[i] = 1 / tau_[i];
     // NaN where it makes no sense: callers whose values can be read are told before.
-    for (int64_t i = 0; i < rows_; ++i) {
-      const A inverse = 1 / tau_[i];
-      inverse_tau_[i] = inverse > 0 && std::isfinite(inverse) ? inverse : std::numeric_limits<A>::quiet_NaN();
-    }
+    for (A& x : inverse_tau_) x = x > 0 && std::isfinite(x) ? x : std::numeric_limits<A>::quiet_NaN();
     without_positives_ = denominator == kOwn || denominator == kNegatives;
     set_labels(labels, key_labels, denominator);
     set_positive_index(positive_index);
