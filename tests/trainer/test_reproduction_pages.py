@@ -154,6 +154,15 @@ def test_fields_of_the_machine_do_not_divide_a_line(tmp_path, quick):
     assert rows(report(tmp_path)[0])[0]["runs"] == "2"
 
 
+def test_compiled_runs_are_told_apart(tmp_path, quick):
+    results = stored.supervised(tmp_path / "results", arms=("ce",), seeds=(0, 1))
+    assert ", compiled |" not in report(tmp_path)[0]
+    next(iter(results.values()))["recipe_fields"]["compile"] = True
+    stored.save(tmp_path / "results", "supervised-cifar100", "short", results)
+    page = report(tmp_path)[0]
+    assert page.count(", compiled |") == 1 and rows(page)[0]["runs"] == "2"
+
+
 def test_the_precision_of_a_gpu_is_told(tmp_path, quick):
     results = stored.supervised(tmp_path / "results", arms=("ce",), seeds=(0,))
     assert "TF32" not in report(tmp_path)[0]
