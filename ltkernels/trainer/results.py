@@ -90,6 +90,7 @@ def entry(table: str, planned: PlannedRun, folder: Path) -> dict[str, Any]:
             **{name: both[name] for name in ("counts", "last", "best", "seconds")},
             **{name: both[name] for name in ("train_fingerprint", "test_fingerprint", "device", "cpu", "threads")},
             "torch": config["versions"]["torch"],
+            **{name: config.get(name) for name in ("revision", "processes")},  # older runs have neither
             "date": finished.date().isoformat(),
         }
     except (KeyError, TypeError, ValueError) as error:

@@ -19,6 +19,11 @@ FIELDS: dict[str, tuple[tuple[type, ...], str]] = {
     "seconds": ((int, float), "a number"),
     "elm": ((dict, type(None)), "fields or null"),
 }
+# Those that results stored by older versions do not have.
+LATER_FIELDS: dict[str, tuple[tuple[type, ...], str]] = {
+    "revision": ((str, type(None)), "text or null"),
+    "processes": ((int, type(None)), "an integer or null"),
+}
 _GROUPS = ("many", "medium", "few")  # null where a group has no class
 _CALIBRATION = ("count", "confidence", "accuracy")
 
@@ -32,6 +37,8 @@ def check_entry(where: str, values: Any) -> None:
     _check_type(where, values, (dict,), "fields")
     for name, (kinds, words) in FIELDS.items():
         _check_type(f"{where}.{name}", _field(where, values, name), kinds, words)
+    for name, (kinds, words) in LATER_FIELDS.items():
+        _check_type(f"{where}.{name}", values.get(name), kinds, words)
     _check_number(f"{where}.seconds", values["seconds"])
     classes = len(values["counts"])
     _check_numbers(f"{where}.counts", values["counts"], classes)

@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import subprocess
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from ltkernels.trainer import TrainerError
 from ltkernels.trainer.checkpoint import write_atomically
 
 RUNS = Path("runs")
+SOURCE = Path(__file__).resolve().parents[2]
 _PACKAGES = ("ltkernels", "torch", "lightning-fabric", "torchmetrics", "scikit-learn", "numpy")
 
 
@@ -71,7 +73,20 @@ def environment(device: torch.device) -> dict[str, Any]:
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
         "platform": platform.platform(),
+        "revision": revision(SOURCE),
     }
+
+
+def revision(source: Path) -> str | None:
+    """The commit that a source tree is of, with ``-dirty`` where files of it were changed; None outside of git."""
+    if not (source / ".git").exists():
+        return None
+    command = ["git", "-C", str(source), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None
 
 
 def describe(environment: dict[str, Any]) -> str:

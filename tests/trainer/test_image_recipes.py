@@ -12,6 +12,7 @@ from ltkernels.trainer import TrainerError  # noqa: E402
 from ltkernels.trainer.data.longtail import class_counts  # noqa: E402
 from ltkernels.trainer.image_recipes import IMAGE_RECIPES, TIERS, ImageRecipe, load_recipe, save_recipe  # noqa: E402
 from ltkernels.trainer.methods import LDAM, METHODS  # noqa: E402
+from ltkernels.trainer.tables import TABLES  # noqa: E402
 
 RECIPE = IMAGE_RECIPES["cifar100-lt-ldam-drw"]
 
@@ -49,6 +50,15 @@ def test_tiers_are_two_hundred_epochs_and_a_fifth():
     assert dataclasses.replace(RECIPE, batch_size=64).tier == "17000 steps of 64"
     assert dataclasses.replace(RECIPE, views=2).tier == "full, 2 views"
     assert dataclasses.replace(RECIPE, steps=100, views=2).tier == "100 steps of 128, 2 views"
+
+
+@pytest.mark.parametrize(("tier", "every"), [("full", 425), ("short", 850)])
+def test_the_best_epoch_of_a_full_run_is_one_of_many(tier, every):
+    """Of those after the first drop: a column of best epochs says nothing where only the last one is looked at."""
+    recipe = next(TABLES["supervised-cifar100"].runs(tier)).recipe
+    assert recipe.evaluate_every == every
+    dropped = [step for step in range(every, recipe.steps + 1, every) if step > 0.8 * recipe.steps]
+    assert len(dropped) == (8 if tier == "full" else 1)
 
 
 @pytest.mark.parametrize("steps", [17000, 3400])

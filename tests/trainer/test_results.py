@@ -18,7 +18,7 @@ from ltkernels.trainer.cli import main  # noqa: E402
 from ltkernels.trainer.image_recipes import ImageRecipe  # noqa: E402
 from ltkernels.trainer.metrics import Outputs  # noqa: E402
 from ltkernels.trainer.papers.elm_measures import measure  # noqa: E402
-from ltkernels.trainer.results_check import FIELDS  # noqa: E402
+from ltkernels.trainer.results_check import FIELDS, LATER_FIELDS  # noqa: E402
 from ltkernels.trainer.tables import Arm, PlannedRun, Table  # noqa: E402
 
 PLANNED = PlannedRun(Arm("CE", "tiny-ce"), tiny_recipe())
@@ -49,7 +49,8 @@ def six_digits(value):
 def test_what_is_stored_of_a_run(folder):
     entry = results.entry("supervised-tiny", PLANNED, folder)
     metrics, config = json_of(folder / "metrics.json"), json_of(folder / "config.json")
-    assert set(entry) == set(FIELDS)
+    assert set(entry) == {*FIELDS, *LATER_FIELDS}
+    assert entry["revision"] == config["revision"] and entry["processes"] == config["processes"] == 1
     assert ImageRecipe.from_dict(entry["recipe_fields"]).hash == PLANNED.recipe.hash
     assert (entry["arm"], entry["recipe"], entry["tier"]) == ("CE", "tiny-ce", "12 steps of 16")
     assert (entry["seed"], entry["subset_seed"], entry["counts"]) == (0, 0, list(COUNTS))
