@@ -214,7 +214,7 @@ class LDAM(MethodSettings):
     scale: float = 30.0
     """Multiplies the cosines."""
     drw_start: float | None = None
-    """Class weights begin after this share of the training; None: never."""
+    """Class weights begin after this share of the training, at the nearest epoch; None: never."""
     beta: float = BETA
     """Class weights of DRW are (1 - beta) / (1 - beta^n)."""
 

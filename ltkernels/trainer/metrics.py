@@ -115,14 +115,12 @@ class PairedDifference:
 
     @property
     def claim(self) -> str:
-        """The 95 % interval in a word; half a point is the margin of "not worse"."""
+        """The 95 % interval in a word; half a point is the margin of "not worse", also of a difference below 0."""
         if self.pairs < 6:
             return "too few pairs"
-        if self.low > 0:
-            return "supported"
-        if self.high < 0:
-            return "worse"
-        return "not worse" if self.low > -0.5 else "inconclusive"
+        if self.low > -0.5:
+            return "supported" if self.low > 0 else "not worse"
+        return "worse" if self.high < 0 else "inconclusive"
 
 
 def paired_difference(values: Sequence[float], baseline: Sequence[float]) -> PairedDifference | None:

@@ -14,7 +14,14 @@ from ltkernels.trainer.data.datasets import LongTail, load_dataset
 from ltkernels.trainer.data.pack import pack_file, write_pack
 from ltkernels.trainer.tables import table_named
 
-PACKED_TABLES = ("supervised-cifar100", "supervised-cifar10", "elm-tuning-cifar100", "elm-cifar100")
+PACKED_TABLES = (
+    "supervised-cifar100",
+    "supervised-cifar100-subsets",
+    "supervised-cifar10",
+    "supervised-cifar10-subsets",
+    "elm-tuning-cifar100",
+    "elm-cifar100",
+)
 
 
 @dataclass(frozen=True)

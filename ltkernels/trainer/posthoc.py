@@ -151,6 +151,14 @@ POST_HOC: dict[PostHocName, Callable[[Frozen, PostHocOptions], Tensor]] = {
     "logit-adjustment": logit_adjustment,
 }
 
+SETTINGS: dict[PostHocName, tuple[str, ...]] = {
+    "crt": ("passes", "steps", "batch_size", "lr", "weight_decay", "seed"),
+    "tau-norm": ("norm_tau",),
+    "lws": ("passes", "steps", "batch_size", "lr", "seed"),
+    "logit-adjustment": ("prior_tau",),
+}
+"""The options that decide what a method makes of a network."""
+
 
 def _train(module: nn.Module, frozen: Frozen, options: PostHocOptions, weight_decay: float) -> None:
     criterion = MarginCrossEntropyLoss(scale=frozen.scale)

@@ -22,6 +22,7 @@ from ltkernels.trainer.image_session import METRICS_FILE, RECIPE_FILE
 from ltkernels.trainer.locks import folder_locked
 from ltkernels.trainer.metrics import CALIBRATION_BINS, Outputs
 from ltkernels.trainer.papers.elm_measures import measure
+from ltkernels.trainer.posthoc import SETTINGS
 from ltkernels.trainer.results_check import check_entry
 from ltkernels.trainer.runlog import FEATURES_FILE, PREDICTIONS_FILE
 from ltkernels.trainer.tables import PlannedRun, table_named
@@ -96,10 +97,15 @@ def entry(table: str, planned: PlannedRun, folder: Path) -> dict[str, Any]:
     except (KeyError, TypeError, ValueError) as error:
         raise TrainerError(f"{folder}: not the files of a finished run ({type(error).__name__}: {error})") from error
     found["calibration"] = _calibration(_arrays(folder / PREDICTIONS_FILE, "confidence", "predicted", "target"))
-    files = sorted(folder.glob("posthoc-*.json"))
-    found["post_hoc"] = {file.stem.removeprefix("posthoc-"): _scores(file) for file in files}
+    applied = {file.stem.removeprefix("posthoc-"): file for file in sorted(folder.glob("posthoc-*.json"))}
+    found["post_hoc"] = {name: _fields(file, "scores") for name, file in applied.items()}
+    found["post_hoc_settings"] = {
+        name: {key: value for key, value in _fields(file, "settings").items() if key in SETTINGS.get(name, ())}
+        for name, file in applied.items()
+    }
     found["elm"] = _elm(folder) if table.startswith(_ELM_TABLES) else None
-    found = {name: value if name == "recipe_fields" else _rounded(value) for name, value in found.items()}
+    exact = ("recipe_fields", "post_hoc_settings")
+    found = {name: value if name in exact else _rounded(value) for name, value in found.items()}
     check_entry(str(folder), found)
     return found
 
@@ -139,11 +145,11 @@ def read_json(file: Path) -> dict[str, Any]:
     return content
 
 
-def _scores(file: Path) -> dict[str, Any]:
+def _fields(file: Path, name: str) -> dict[str, Any]:
     content = read_json(file)
-    if not isinstance(content.get("scores"), dict):
-        raise TrainerError(f"{file}: no scores of a post-hoc method in it")
-    return content["scores"]
+    if not isinstance(content.get(name), dict):
+        raise TrainerError(f"{file}: no {name} of a post-hoc method in it")
+    return content[name]
 
 
 def _arrays(file: Path, *names: str) -> list[np.ndarray]:
@@ -249,6 +255,7 @@ def merge(old: Results, new: Results) -> Results:
         if before is not None and before["last"] == values["last"]:
             values = values | {
                 "post_hoc": before["post_hoc"] | values["post_hoc"],
+                "post_hoc_settings": (before.get("post_hoc_settings") or {}) | (values.get("post_hoc_settings") or {}),
                 "elm": values["elm"] or before["elm"],
             }
         runs[name] = values

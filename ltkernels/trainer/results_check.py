@@ -23,6 +23,7 @@ FIELDS: dict[str, tuple[tuple[type, ...], str]] = {
 LATER_FIELDS: dict[str, tuple[tuple[type, ...], str]] = {
     "revision": ((str, type(None)), "text or null"),
     "processes": ((int, type(None)), "an integer or null"),
+    "post_hoc_settings": ((dict, type(None)), "fields or null"),
 }
 _GROUPS = ("many", "medium", "few")  # null where a group has no class
 _CALIBRATION = ("count", "confidence", "accuracy")

@@ -38,7 +38,7 @@ from ltkernels.trainer.locks import try_lock
 from ltkernels.trainer.posthoc import POST_HOC
 from ltkernels.trainer.runfolder import RUNS, RunFolder
 from ltkernels.trainer.runlog import scores_line
-from ltkernels.trainer.tables import PlannedRun, table_named
+from ltkernels.trainer.tables import CHOICES, PlannedRun, table_named
 
 LOG_FILE = "train.log"
 LOCK_FILE = ".lock"
@@ -67,6 +67,8 @@ class TableOptions:
     """Only runs of these recipes; default: all."""
     seeds: tuple[int, ...] = ()
     """Only runs with these seeds; default: all."""
+    subset_seeds: tuple[int, ...] = ()
+    """Only runs on these subsets; default: all."""
     missing: bool = False
     """Only runs that the stored results lack: on another machine, those that nobody has trained yet."""
     data_root: Path | None = None
@@ -144,14 +146,14 @@ def chosen_runs(options: TableOptions) -> list[PlannedRun]:
         TrainerError: an unknown table, or a recipe or seed that it does not have.
     """
     planned = list(table_named(options.name).runs(options.tier))
-    known_arms = dict.fromkeys(run.arm.recipe for run in planned)
-    known_seeds = dict.fromkeys(run.recipe.seed for run in planned)
-    for name, asked, known in (("arms", options.arms, known_arms), ("seeds", options.seeds, known_seeds)):
+    for name, value_of in CHOICES.items():
+        known = dict.fromkeys(value_of(run) for run in planned)
+        asked: tuple[str | int, ...] = getattr(options, name)
         for value in asked:
             if value not in known:
                 raise TrainerError(f"{name}: {options.name} has no {value}, but {', '.join(map(str, known))}")
-    arms, seeds = options.arms or known_arms, options.seeds or known_seeds
-    return [run for run in planned if run.arm.recipe in arms and run.recipe.seed in seeds]
+        planned = [run for run in planned if not asked or value_of(run) in asked]
+    return planned
 
 
 def is_stored(planned: PlannedRun, stored: results.Results) -> bool:

@@ -15,7 +15,7 @@ from ltkernels.trainer import TrainerError
 from ltkernels.trainer.image_recipes import IMAGE_RECIPES, TIERS, ImageRecipe, Tier
 from ltkernels.trainer.methods import METHODS
 
-EVALUATE_EVERY: dict[Tier, int] = {"full": 425, "short": 850}
+_EVALUATE_EVERY: dict[Tier, int] = {"full": 425, "short": 850}
 """Steps between evaluations. At 425, eight of forty follow the first drop of the learning rate, among which the best
 epoch of a full run nearly always is; of a short run only the last one does, whose best epoch says nothing."""
 
@@ -50,6 +50,14 @@ class PlannedRun:
         return f"{self.arm.recipe}-{self.recipe.hash}"
 
 
+# What a choice among the runs of a table goes by.
+CHOICES: dict[str, Callable[[PlannedRun], str | int]] = {
+    "arms": lambda run: run.arm.recipe,
+    "seeds": lambda run: run.recipe.seed,
+    "subset_seeds": lambda run: run.recipe.long_tail.subset_seed,
+}
+
+
 @dataclass(frozen=True)
 class Table:
     """A table.
@@ -76,7 +84,7 @@ class Table:
                     recipe = arm.change(IMAGE_RECIPES[arm.recipe])
                     long_tail = dataclasses.replace(recipe.long_tail, subset_seed=subset_seed)
                     planned = dataclasses.replace(
-                        recipe, seed=seed, long_tail=long_tail, steps=TIERS[tier], evaluate_every=EVALUATE_EVERY[tier]
+                        recipe, seed=seed, long_tail=long_tail, steps=TIERS[tier], evaluate_every=_EVALUATE_EVERY[tier]
                     )
                     yield PlannedRun(arm, planned)
 
@@ -109,6 +117,7 @@ def _supervised(title: str, task: str) -> Table:
     return Table(
         title,
         tuple(Arm(METHODS[name].title, f"{task}-{name}", post_hoc=name == "ce") for name in (*_SUPERVISED, *rest)),
+        subset_seeds=(0, 1),  # three seeds on each are the six pairs that a claim takes
     )
 
 

@@ -119,8 +119,8 @@ def save(folder, table, tier, runs):
 LEVELS = {"ce": (38.0, 0.0), "ldam-drw": (42.0, 0.6), "vs": (43.0, 0.8), "logit-adjustment": (43.5, 0.9)}
 
 
-def supervised(folder, table="supervised-cifar100", tier="short", arms=None, seeds=None, subset_seeds=None, shift=0.0):
-    """Store a supervised table of made-up runs and return them by their hashes."""
+def supervised(folder, table="supervised-cifar100", tier="short", arms=None, seeds=None, subset_seeds=(0,), shift=0.0):
+    """Store a supervised table of made-up runs, of one subset unless told, and return them by their hashes."""
     runs = {}
     for found in planned(table, tier, arms, seeds, subset_seeds):
         level, tail = LEVELS.get(found.recipe.method, (40.0, 0.3))

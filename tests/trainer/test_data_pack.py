@@ -214,8 +214,8 @@ def test_the_command_packs_what_tables_need(tmp_path, capsys):
     assert {
         name: [(t.subset_seed, t.max_count, t.validation_per_class) for t in found] for name, found in tails.items()
     } == {
-        "cifar100": [(0, 500, 0), (0, 450, 50), (1, 500, 0)],  # tuning holds out images of each class
-        "cifar10": [(0, 5000, 0)],
+        "cifar100": [(0, 500, 0), (1, 500, 0), (2, 500, 0), (0, 450, 50)],  # tuning holds out images of each class
+        "cifar10": [(0, 5000, 0), (1, 5000, 0), (2, 5000, 0)],
     }
     assert main(["pack", "supervised-cifar10", "--data-root", "full", "--out", "packs"]) == 2
     assert "max_count: class 0 has 40 images to train on, 5000 are asked for" in capsys.readouterr().err

@@ -105,6 +105,8 @@ def test_paired_difference_is_the_paired_t_interval():
         ([1.0, 1.2, 0.8, 1.1, 0.9, 1.0], True, "supported"),
         ([-1.0, -1.2, -0.8, -1.1, -0.9, -1.0], False, "worse"),
         ([0.1, -0.1, 0.2, -0.2, 0.1, -0.1], False, "not worse"),
+        ([-0.2, -0.3, -0.25, -0.2, -0.3, -0.25], False, "not worse"),
+        ([-0.6, -0.7, -0.65, -0.6, -0.7, -0.65], False, "worse"),
         ([3.0, -3.0, 2.0, -2.0, 1.0, -1.0], False, "inconclusive"),
         ([1.0, 1.2, 0.8], True, "too few pairs"),
         ([0.0] * 6, False, "not worse"),

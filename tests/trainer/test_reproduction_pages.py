@@ -13,13 +13,14 @@ pytest.importorskip("lightning_fabric", reason="needs the trainer's dependencies
 
 import stored_results as stored  # noqa: E402
 from rich.console import Console  # noqa: E402
-from stored_results import DIFFERENCES, parts, report, rows  # noqa: E402
+from stored_results import parts, report, rows  # noqa: E402
 
 from ltkernels.trainer import TrainerError  # noqa: E402
 from ltkernels.trainer.cli import main  # noqa: E402
 from ltkernels.trainer.reproduction import plots, published, supervised  # noqa: E402
 from ltkernels.trainer.reproduction.command import ReportOptions, run_report  # noqa: E402
 from ltkernels.trainer.reproduction.inputs import Inputs  # noqa: E402
+from ltkernels.trainer.reproduction.page import evaluations  # noqa: E402
 from ltkernels.trainer.tables import TABLES  # noqa: E402
 
 # Typed from the sources: dataset, profile, imbalance factor, method, source, accuracy, standard deviation.
@@ -93,7 +94,6 @@ def test_numbers_of_the_page_are_those_of_the_runs(tmp_path, quick):
         assert len(of_arm) == 6
         for heading, epoch, name, digits in (
             ("ours, last epoch", "last", "overall", 2),
-            ("best epoch", "best", "overall", 2),
             ("many", "last", "many", 1),
             ("medium", "last", "medium", 1),
             ("few", "last", "few", 1),
@@ -105,11 +105,59 @@ def test_numbers_of_the_page_are_those_of_the_runs(tmp_path, quick):
     adjusted = [run["post_hoc"]["logit-adjustment"]["overall"] for run in results.values() if run["arm"] == "CE"]
     expected = f"{statistics.mean(adjusted):.2f} ±{statistics.stdev(adjusted):.2f}"
     assert table["CE + post-hoc logit adj."]["ours, last epoch"] == expected
-    assert table["CE + post-hoc logit adj."]["best epoch"] == "-"
     assert table["CE + post-hoc logit adj."]["reported"] == "44.07 (c)"
     assert all(name in page for name in results), "recipe hashes"
     assert page.count("<details>") == 1 and "| Some Processor | 2 | 2.13.0 | 1 | 18 | 9.5 min |" in page
     assert "`00aaaaaaaaaa`" in page and "`01aaaaaaaaaa`" in page and "`bbbbbbbbbbbb`" in page
+
+
+def test_the_best_epoch_where_several_follow_the_drop(tmp_path, quick):
+    """Of a short run only the last evaluated step does: its best epoch is its last one whatever happened."""
+    results = stored.supervised(tmp_path / "results", arms=("ce",), tier="full")
+    stored.supervised(tmp_path / "results", arms=("ce",), tier="short")
+    full, short = (text for title, text in parts(report(tmp_path)[0]).items() if "tier" in title)
+    best = [run["best"]["overall"] for run in results.values()]
+    expected = f"{statistics.mean(best):.2f} ±{statistics.stdev(best):.2f}"
+    assert [row["best epoch"] for row in rows(full)] == [expected, "-", "-"]  # the others are post-hoc methods
+    assert {row["best epoch"] for row in rows(short)} == {"-"}
+    assert "Evaluated 40 times, every 425 steps and after the last, 8 of them after the first drop" in full
+    assert "Evaluated 4 times, every 850 steps and after the last, 1 of them after the first drop" in short
+
+
+def test_evaluations_without_drops_and_between_them():
+    recipe = {"steps": 100, "evaluate_every": 30, "schedule": "step", "drops": (0.6, 0.9)}
+    assert evaluations(recipe) == (4, 2)  # 30, 60, 90 and 100: the rate of step 60 has not dropped
+    assert evaluations(recipe | {"schedule": "cosine"}) == evaluations(recipe | {"drops": ()}) == (4, 4)
+    assert evaluations(recipe | {"evaluate_every": 1000}) == (1, 1)
+
+
+def test_post_hoc_methods_with_other_settings_say_so(tmp_path, quick):
+    results = stored.supervised(tmp_path / "results", arms=("ce",))
+    first, second, third = results.values()
+    first["post_hoc_settings"] = {"tau-norm": {"norm_tau": 0.31}, "logit-adjustment": {"prior_tau": 1.0}}
+    second["post_hoc_settings"] = {"tau-norm": {"norm_tau": 1.0}, "logit-adjustment": {"prior_tau": 1.0}}
+    third.pop("post_hoc_settings", None)  # stored before settings were
+    stored.save(tmp_path / "results", "supervised-cifar100", "short", results)
+    page, _ = report(tmp_path)
+    table = {row["method"]: row for row in rows(page)}
+    assert list(table) == ["CE", "CE + tau-norm", "CE + tau-norm (norm_tau 0.31)", "CE + post-hoc logit adj."]
+    tau_norm = first["post_hoc"]["tau-norm"]["overall"]
+    assert table["CE + tau-norm (norm_tau 0.31)"]["ours, last epoch"] == f"{tau_norm:.2f}"
+    assert [table[title]["runs"] for title in table] == ["3", "2", "1", "3"]
+    assert "none of them searched: tau-norm: norm_tau 1; post-hoc logit adj.: prior_tau 1." in page
+
+
+def test_commands_train_the_runs_of_the_page(tmp_path, quick):
+    stored.supervised(tmp_path / "results", arms=("ce", "vs"), seeds=(0,), subset_seeds=(0,))
+    stored.supervised(tmp_path / "results", tier="full", subset_seeds=(0, 1))
+    page, _ = report(tmp_path)
+    lines = page.split("```")[1].strip().splitlines()
+    assert lines == [
+        "ltkernels table supervised-cifar100 --tier full",
+        "ltkernels table supervised-cifar100 --tier short --arms cifar100-lt-ce cifar100-lt-vs --seeds 0 "
+        "--subset-seeds 0",
+        "ltkernels report",
+    ]
 
 
 def test_tiers_views_and_precisions_have_tables_of_their_own(tmp_path, quick):
@@ -136,7 +184,7 @@ def test_tiers_views_and_precisions_have_tables_of_their_own(tmp_path, quick):
 
 def test_runs_with_other_settings_are_not_averaged(tmp_path, quick):
     results = stored.supervised(tmp_path / "results", arms=("ce",), seeds=(0,))
-    (planned,) = stored.planned("supervised-cifar100", "short", ("ce",), (1,))
+    (planned,) = stored.planned("supervised-cifar100", "short", ("ce",), (1,), (0,))
     name, run = stored.run(
         dataclasses.replace(planned, recipe=dataclasses.replace(planned.recipe, weight_decay=5e-4)), 30.0, 0.0
     )
@@ -232,65 +280,6 @@ def test_ten_classes_have_thirds(tmp_path, quick):
         "largest third"
         not in rows(parts(report(tmp_path)[0])["CIFAR-100-LT, imbalance factor 100, short tier (resnet32, 32-true)"])[0]
     )
-
-
-@pytest.mark.parametrize(
-    "tier, seeds, accuracy, expected",
-    [
-        ("full", (0, 1, 2), 40.0, "yes (+1.94)"),
-        ("full", (0, 1, 2), 36.0, "yes (-2.06)"),
-        ("full", (0, 1, 2), 40.2, "no (2.14 above)"),
-        ("full", (0, 1, 2), 35.0, "no (3.06 below)"),
-        ("full", (0, 1), 38.0, "not decided (2 seeds)"),
-        ("short", (0, 1, 2), 38.0, "not decided (short tier)"),
-    ],
-)
-def test_goal(tmp_path, quick, tier, seeds, accuracy, expected):
-    results = stored.supervised(tmp_path / "results", arms=("ce", "focal"), tier=tier, seeds=seeds)
-    for run in results.values():
-        run["last"]["overall"] = accuracy
-    stored.save(tmp_path / "results", "supervised-cifar100", tier, results)
-    found = {row["method"]: row["goal"] for row in rows(report(tmp_path)[0])}
-    assert found["CE"] == expected and found["focal"] == found["CE + post-hoc logit adj."] == "-"
-
-
-def test_numbers_for_other_class_counts_are_not_put_beside_ours(tmp_path, quick):
-    results = stored.supervised(tmp_path / "results", arms=("ce",), tier="full")
-    for run in results.values():
-        run["recipe_fields"]["long_tail"]["max_count"] = 450
-    stored.save(tmp_path / "results", "supervised-cifar100", "full", results)
-    page, _ = report(tmp_path)
-    assert {(row["reported"], row["goal"]) for row in rows(page)} == {("-", "-")}
-    assert "No reported numbers are known" in page
-
-
-@pytest.mark.parametrize("claim", DIFFERENCES)
-def test_claims_of_methods(tmp_path, quick, claim):
-    differences, interval = DIFFERENCES[claim]
-    results = stored.supervised(tmp_path / "results", arms=("ce", "vs"), subset_seeds=(0, 1))
-    for run in results.values():
-        pair = 3 * run["subset_seed"] + run["seed"]
-        run["last"]["overall"] = 40.0 + 2 * pair + (differences[pair] if run["arm"] == "VS" else 0.0)
-    stored.save(tmp_path / "results", "supervised-cifar100", "short", results)
-    row = next(row for row in rows(report(tmp_path)[0], "better?") if row["better?"] == "VS against CE")
-    assert (row["claim"], row["95 % interval"], row["pairs"]) == (claim, interval, "6")
-    assert row["difference, points"] == f"{np.mean(differences):+.2f}"
-
-
-def test_five_pairs_decide_nothing_and_only_pairs_count(tmp_path, quick):
-    results = stored.supervised(tmp_path / "results", arms=("ce", "vs", "logit-adjustment"), subset_seeds=(0, 1))
-    results = {name: run for name, run in results.items()
-               if not (run["arm"] == "VS" and (run["seed"], run["subset_seed"]) == (2, 1))}  # fmt: skip
-    stored.save(tmp_path / "results", "supervised-cifar100", "short", results)
-    table = {row["better?"]: row for row in rows(report(tmp_path)[0], "better?")}
-    assert (table["VS against CE"]["pairs"], table["VS against CE"]["claim"]) == ("5", "too few pairs")
-    assert table["logit adj. against CE"]["claim"] == "supported"
-    assert table["CE + post-hoc logit adj. against logit adj."]["pairs"] == "6"
-
-
-def test_without_cross_entropy_nothing_is_compared(tmp_path, quick):
-    stored.supervised(tmp_path / "results", arms=("vs",), seeds=(0,))
-    assert "None: cross-entropy has no run here." in report(tmp_path)[0]
 
 
 def test_reliability_pools_images_not_runs(tmp_path):

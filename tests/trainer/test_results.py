@@ -65,6 +65,8 @@ def test_what_is_stored_of_a_run(folder):
     assert set(entry["post_hoc"]) == {"crt", "tau-norm"}
     scores = json_of(folder / "posthoc-crt.json")["scores"]
     assert entry["post_hoc"]["crt"]["overall"] == six_digits(scores["overall"])
+    expected = {"passes": 1, "steps": 5, "batch_size": 512, "lr": 0.1, "weight_decay": 5e-4, "seed": 0}
+    assert entry["post_hoc_settings"] == {"crt": expected, "tau-norm": {"norm_tau": 1.0}}
 
 
 def test_calibration_gives_the_calibration_error(folder):
@@ -116,6 +118,7 @@ def test_values_that_older_runs_have_in_the_other_file(folder):
         ("config.json", "{}", "not the files of a finished run .KeyError: 'started'"),
         ("predictions.npz", "x", "predictions.npz: cannot be read"),
         ("posthoc-crt.json", "{}", "posthoc-crt.json: no scores"),
+        ("posthoc-crt.json", '{"scores": {}}', "posthoc-crt.json: no settings"),
         ("recipe.json", "{}", "recipe.json: no recipe"),
     ],
 )
@@ -177,6 +180,9 @@ def test_the_same_run_keeps_what_it_had(entry):
     (run,) = results.merge(of(a=old), of(a=new))["runs"].values()
     assert run["elm"] == {"spread": [1.0]}
     assert run["post_hoc"] == {"crt": {"overall": 3.0}, "lws": {"overall": 2.0}}
+    assert run["post_hoc_settings"] == entry["post_hoc_settings"]
+    (run,) = results.merge(of(a=old), of(a=new | {"post_hoc_settings": {}}))["runs"].values()
+    assert run["post_hoc_settings"] == entry["post_hoc_settings"]
 
 
 def test_two_at_once_lose_nothing(entry, tmp_path):

@@ -21,6 +21,7 @@ from ltkernels.trainer.reproduction.elm_claims import LARGEST_RATIO, Decision, d
 from ltkernels.trainer.reproduction.inputs import Inputs, Page, arms_without_runs, without_runs
 from ltkernels.trainer.reproduction.page import (
     FEWEST_PAIRS,
+    best_cell,
     box,
     cell,
     commands,
@@ -29,6 +30,7 @@ from ltkernels.trainer.reproduction.page import (
     interval,
     numbers,
     protocol,
+    table_command,
     thirds_cells,
 )
 from ltkernels.trainer.reproduction.runs import Line, Pair, Section, StoredRun, slugs
@@ -67,10 +69,10 @@ def page(inputs: Inputs) -> Page:
     ]
     if not sections and not tuned:
         lines += ["There are no results yet. These commands make them:", ""]
-        lines += commands(((table, tier) for table in (*tuning, *tables) for tier in TIERS), _REPORT)
+        lines += commands((table_command(table, tier) for table in (*tuning, *tables) for tier in TIERS), _REPORT)
         return Page("\n".join(lines))
     lines += [*_claims_fixed(), "## Commands", "", "Every number and picture of this page:", ""]
-    lines += commands(dict.fromkeys((section.table, section.stored_tier) for section in (*tuned, *sections)), _REPORT)
+    lines += commands(inputs.commands((*tuning, *tables)), _REPORT)
     pictures: dict[str, bytes] = {}
     for section, slug in zip(sections, slugs(sections), strict=True):
         lines += _section(section, slug, inputs, pictures, tuned)
@@ -123,7 +125,7 @@ def _claims_fixed() -> list[str]:
         "*not worse* if it is below 0 and the ratio is larger; *refuted* if it is above 0; else *inconclusive*.",
         "2. Balanced accuracy is not worse. Metric: accuracy on the balanced test set, last epoch. *Supported* if the "
         "interval is above 0, *not worse* if its lower end is above -0.5 points, either of which meets the claim; "
-        "*refuted* if it is below 0; else *inconclusive*.",
+        "*refuted* if it is below 0 and reaches further; else *inconclusive*.",
         "3. The generalisation gap is smaller. Metric: loss gap, the mean over all classes. *Supported* if the "
         "interval is below 0, *refuted* if above, else *inconclusive*.",
         "",
@@ -208,7 +210,7 @@ def _accuracies(section: Section) -> str:
         [
             line.title,
             cell(line.values("overall")),
-            cell(line.values("overall", "best")),
+            best_cell(line),
             *(cell(line.values(group), 1) for group in ("many", "medium")),
             cell(line.values("few"), 1) if few else thirds_cells(line, section.counts)[2],
             cell(line.values("ece"), 1),

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from statistics import mean
 from typing import Literal, TypeAlias
 
-from ltkernels.trainer.metrics import FEW_BELOW, PairedDifference
+from ltkernels.trainer.metrics import FEW_BELOW, PairedDifference, thirds
 from ltkernels.trainer.papers.elm_measures import SMALLEST_THIRD
 from ltkernels.trainer.report import EMPTY
 from ltkernels.trainer.reproduction.page import FEWEST_PAIRS
@@ -58,9 +58,13 @@ def tail_group(counts: Sequence[int]) -> str:
 
 
 def _tighter(elm: Line, logit_only: Line) -> Decision:
-    claim = f"Tail embeddings are tighter: a spread of at most {LARGEST_RATIO:g} times that of logit margins only"
-    tail = tail_group(elm.runs[0]["counts"])
-    classes = "few-shot classes" if tail == "few" else f"{tail} of the classes, as none is few-shot"
+    claim = (
+        f"Tail embeddings are tighter: a relative spread of at most {LARGEST_RATIO:g} times that of logit margins only"
+    )
+    counts = elm.runs[0]["counts"]
+    tail = tail_group(counts)
+    smallest = ", ".join(str(counts[k]) for k in thirds(counts)[2])
+    classes = "few-shot classes" if tail == "few" else f"{tail} of the classes ({smallest} images), as none is few-shot"
     metric = f"relative spread of the {classes}, test images"
     difference, pairs = elm.against(logit_only, lambda _, run: group_mean(run, tail, "relative_spread"))
     ratio = mean_ratio(elm, logit_only)

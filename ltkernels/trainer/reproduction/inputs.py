@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from ltkernels.trainer.image_recipes import TIERS, Tier
-from ltkernels.trainer.reproduction.page import listed, read_notes
+from ltkernels.trainer.reproduction.page import listed, read_notes, table_command
 from ltkernels.trainer.reproduction.runs import Section, StoredRun, read, sections
 from ltkernels.trainer.tables import TABLES
 
@@ -52,8 +52,15 @@ class Inputs:
     def sections(self, table: str) -> list[Section]:
         """Of a table, the full tier first."""
         arms = [arm.label for arm in TABLES[table].arms]
+        return [section for tier in TIERS for section in sections(table, self.stored.get((table, tier), []), arms)]
+
+    def commands(self, tables: Sequence[str]) -> list[str]:
+        """One for each file of results of these tables, which trains the runs that it holds."""
         return [
-            section for tier in TIERS for section in sections(table, tier, self.stored.get((table, tier), []), arms)
+            table_command(table, tier, self.stored[table, tier])
+            for table in tables
+            for tier in TIERS
+            if (table, tier) in self.stored
         ]
 
     def notes(self, page: str) -> str:

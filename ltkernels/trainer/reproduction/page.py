@@ -6,11 +6,14 @@ import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import mean, median, stdev
+from typing import Any, NamedTuple
 
 from ltkernels.trainer import TrainerError
+from ltkernels.trainer.image_recipes import Tier
 from ltkernels.trainer.metrics import PairedDifference, thirds
 from ltkernels.trainer.report import EMPTY, markdown_table
 from ltkernels.trainer.reproduction.runs import Line, Section, StoredRun
+from ltkernels.trainer.tables import CHOICES, TABLES
 
 FEWEST_PAIRS = 6
 SHORT_HASH = 12
@@ -23,6 +26,34 @@ def cell(values: Sequence[float | None], digits: int = 2) -> str:
         return EMPTY
     spread = f" ±{stdev(present):.{digits}f}" if len(present) > 1 else ""
     return f"{mean(present):.{digits}f}{spread}"
+
+
+def best_cell(line: Line) -> str:
+    """Accuracy of the best evaluated step; ``-`` where all but the last are before the learning rate drops."""
+    if line.post_hoc or evaluations(line.runs[0].recipe).after_drop < 2:
+        return EMPTY
+    return cell(line.values("overall", "best"))
+
+
+class Evaluations(NamedTuple):
+    """How often a run is evaluated on the way.
+
+    Args:
+        number: In all.
+        after_drop: Of them, after the first drop of the learning rate; all without drops.
+    """
+
+    number: int
+    after_drop: int
+
+
+def evaluations(recipe: dict[str, Any]) -> Evaluations:
+    """Those that the best step of a run is chosen from."""
+    steps, every = recipe["steps"], recipe["evaluate_every"]
+    has_drops = recipe["schedule"] == "step" and recipe["drops"]
+    first = recipe["drops"][0] * steps if has_drops else 0
+    evaluated = {*range(every, steps + 1, every), steps}
+    return Evaluations(len(evaluated), sum(step > first for step in evaluated))
 
 
 def thirds_cells(line: Line, counts: Sequence[int]) -> list[str]:
@@ -111,6 +142,8 @@ def protocol(section: Section) -> list[str]:
         f"{_precision(section)}; SGD with lr {recipe['lr']:g}, momentum {recipe['momentum']:g}, weight decay "
         f"{recipe['weight_decay']:g}; warm-up over {recipe['warmup']:.1%} of the steps, then {schedule}."
         + (" Lines of a table that differ in these settings say so." if _settings_differ(section) else ""),
+        f"- Evaluated {evaluations(recipe).number} times, every {recipe['evaluate_every']:,} steps and after the last, "
+        f"{evaluations(recipe).after_drop} of them after the first drop of the learning rate.",
         f"- Settings of the methods: {'; '.join(_method_settings(section))}.",
         f"- Trained {dates[0] if len(dates) == 1 else f'{dates[0]} to {dates[-1]}'}.",
     ]
@@ -134,7 +167,9 @@ def _method_settings(section: Section) -> list[str]:
             recipe = line.runs[0].recipe
             settings = [f"{name} {value}" for name, value in recipe["settings"].items()]
             mixing = recipe["mixing"]
-            settings += [f"{mixing['kind']} with alpha {mixing['alpha']}"] if mixing["kind"] != "none" else []
+            settings += (
+                [f"{mixing['kind']} of every batch with alpha {mixing['alpha']}"] if mixing["kind"] != "none" else []
+            )
             found[line.title] = ", ".join(settings)
     return [f"{title}: {settings or 'none'}" for title, settings in found.items()]
 
@@ -162,7 +197,19 @@ def folded_runs(section: Section) -> list[str]:
     return [f"<details><summary>{len(rows)} runs and their recipe hashes</summary>", "", table, "</details>", ""]
 
 
-def commands(tables: Iterable[tuple[str, str]], report: str = "ltkernels report") -> list[str]:
+def commands(lines: Iterable[str], report: str = "ltkernels report") -> list[str]:
     """The command lines that make the page, from nothing."""
-    lines = [f"ltkernels table {table} --tier {tier}" for table, tier in tables]
-    return ["```", *lines, report, "```", ""]
+    return ["```", *dict.fromkeys(lines), report, "```", ""]
+
+
+def table_command(table: str, tier: Tier, stored: Sequence[StoredRun] = ()) -> str:
+    """The command that trains the runs of a table: those that are stored, where some are, else all."""
+    planned = list(TABLES[table].runs(tier))
+    names = {run.hash for run in stored}
+    done = [run for run in planned if run.recipe.hash in names] or planned
+    options = ""
+    for name, value_of in CHOICES.items():
+        chosen = dict.fromkeys(map(value_of, done))
+        if len(chosen) < len(set(map(value_of, planned))):
+            options += f" --{name.replace('_', '-')} {' '.join(map(str, chosen))}"
+    return f"ltkernels table {table} --tier {tier}{options}"

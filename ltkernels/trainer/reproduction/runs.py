@@ -145,12 +145,10 @@ class Section:
 
     Args:
         table: Its name.
-        stored_tier: The tier that the file of results is of.
         lines: One an arm, in the order of the table.
     """
 
     table: str
-    stored_tier: str
     lines: tuple[Line, ...]
 
     @property
@@ -221,19 +219,18 @@ def slugs(found: Sequence[Section]) -> list[str]:
     return [f"{name}-{count + 1}" if count else name for name, count in zip(names, earlier, strict=True)]
 
 
-def sections(table: str, stored_tier: str, runs: Sequence[StoredRun], arms: Sequence[str]) -> list[Section]:
+def sections(table: str, runs: Sequence[StoredRun], arms: Sequence[str]) -> list[Section]:
     """The runs of a file of results in sections, in an order that does not depend on that of the file.
 
     Args:
         table: Name of the table.
-        stored_tier: Tier in the name of the file.
         runs: Of the file.
         arms: Labels of the arms in the order of the table; other ones come last.
     """
     grouped: dict[str, list[StoredRun]] = {}
     for run in runs:
         grouped.setdefault(run.section_key, []).append(run)
-    return [Section(table, stored_tier, _lines(grouped[key], arms)) for key in sorted(grouped)]
+    return [Section(table, _lines(grouped[key], arms)) for key in sorted(grouped)]
 
 
 def _lines(runs: Iterable[StoredRun], arms: Sequence[str]) -> tuple[Line, ...]:

@@ -5,18 +5,19 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from statistics import mean
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from ltkernels.trainer.image_recipes import TIERS
 from ltkernels.trainer.metrics import CALIBRATION_BINS, FEW_BELOW, MANY_ABOVE, shot_group
-from ltkernels.trainer.posthoc import POST_HOC
+from ltkernels.trainer.posthoc import POST_HOC, SETTINGS, PostHocName, PostHocOptions
 from ltkernels.trainer.report import EMPTY, markdown_table
 from ltkernels.trainer.reproduction import plots, published
 from ltkernels.trainer.reproduction.inputs import Inputs, Page, arms_without_runs, without_runs
 from ltkernels.trainer.reproduction.page import (
     FEWEST_PAIRS,
+    best_cell,
     box,
     cell,
     commands,
@@ -28,6 +29,7 @@ from ltkernels.trainer.reproduction.page import (
     listed,
     numbers,
     protocol,
+    table_command,
     thirds_cells,
 )
 from ltkernels.trainer.reproduction.runs import DATASET_TITLES, Line, Section, StoredRun, slugs
@@ -37,8 +39,14 @@ NAME = "supervised"
 PREFIX = "supervised-"
 BASELINE = "ce"
 FEWEST_SEEDS = 3
+ADJUSTED = "logit-adjustment"
+ABOVE_BASELINE = (3.0, 8.0)
+"""Points that logit adjustment has to gain over cross-entropy: no deviation of it is reported."""
+POST_HOC_DISTANCE = 1.5
+"""Points that its post-hoc form may be away from its loss."""
 _POST_HOC_TITLES = {"logit-adjustment": "post-hoc logit adj.", "crt": "cRT", "tau-norm": "tau-norm", "lws": "LWS"}
 _RELIABILITY_PANELS = 6
+_DEFAULTS = PostHocOptions()
 
 
 def page(inputs: Inputs) -> Page:
@@ -52,10 +60,10 @@ def page(inputs: Inputs) -> Page:
     ]
     if not sections:
         lines += ["There are no results yet. These commands make them:", ""]
-        lines += commands((table, tier) for table in tables for tier in TIERS)
+        lines += commands(table_command(table, tier) for table in tables for tier in TIERS)
         return Page("\n".join(lines))
     lines += [*_how_to_read(), "## Commands", "", "Every number and picture of this page:", ""]
-    lines += commands(dict.fromkeys((section.table, section.stored_tier) for section in sections))
+    lines += commands(inputs.commands(tables))
     pictures: dict[str, bytes] = {}
     for section, slug in zip(sections, slugs(sections), strict=True):
         lines += _section(section, slug, pictures)
@@ -68,10 +76,27 @@ def with_post_hoc(section: Section) -> Section:
     for line in section.lines:
         lines.append(line)
         for method in POST_HOC:
-            runs = tuple(run for run in line.runs if method in (run["post_hoc"] or {}))
-            if runs:
-                lines.append(Line(f"{line.title} + {_POST_HOC_TITLES.get(method, method)}", runs, method))
+            lines += _lines_of_post_hoc(line, method)
     return dataclasses.replace(section, lines=tuple(lines))
+
+
+def _lines_of_post_hoc(line: Line, method: PostHocName) -> list[Line]:
+    """One; more where runs were treated with other settings, and with those in its title that a table does not use."""
+    variants: dict[str, list[StoredRun]] = {}
+    for run in line.runs:
+        if method in run["post_hoc"]:
+            settings = post_hoc_settings(run, method)
+            others = {name: value for name, value in settings.items() if value != getattr(_DEFAULTS, name)}
+            variants.setdefault(", ".join(f"{name} {value:g}" for name, value in others.items()), []).append(run)
+    title = f"{line.title} + {_POST_HOC_TITLES.get(method, method)}"
+    return [Line(f"{title} ({changed})" if changed else title, tuple(runs), method)
+            for changed, runs in sorted(variants.items())]  # fmt: skip
+
+
+def post_hoc_settings(run: StoredRun, method: PostHocName) -> dict[str, float]:
+    """What decided the result of a post-hoc method; of results that lack it, what tables have always used."""
+    stored = (run.values.get("post_hoc_settings") or {}).get(method)
+    return {name: getattr(_DEFAULTS, name) for name in SETTINGS[method]} if stored is None else stored
 
 
 # The box
@@ -108,7 +133,9 @@ def _left_out(sections: list[Section]) -> Iterator[str]:
     if sections:
         yield (
             "The headline here is the last epoch. Reported numbers may be those of the best epoch on the test set; "
-            'the column "best epoch" is there for that, and is too good for the same reason.'
+            'the column "best epoch" is there for that, and is too good for the same reason. It is of the evaluated '
+            f"steps that the protocol names, and `{EMPTY}` where only the last of them follows the first drop of the "
+            "learning rate."
         )
     for source in published.SOURCES:
         if source.unsaid and any(published.reported(section.setting, BASELINE) for section in sections):
@@ -141,12 +168,14 @@ def _how_to_read() -> list[str]:
         "",
         'Reported numbers have a letter for their source. "Goal" asks whether ours, last epoch, is within two '
         "published standard deviations, at least ±1.0 points, of the reported mean; it is decided in the full tier "
-        f"with at least {FEWEST_SEEDS} seeds only, and only where a standard deviation is reported.",
+        f"with at least {FEWEST_SEEDS} seeds only. Logit adjustment, of which no deviation is reported, has to be "
+        f"{ABOVE_BASELINE[0]:g} to {ABOVE_BASELINE[1]:g} points above cross-entropy, its post-hoc form within "
+        f"{POST_HOC_DISTANCE:g} of its loss.",
         "",
         'A claim "A is better than B" is decided on differences of runs with the same seed, subset and steps, at least '
-        f"{FEWEST_PAIRS} pairs, by the 95 % t-interval of their mean: *supported* if it is above 0, *worse* if below, "
-        "*not worse* if its lower end is above -0.5 points, else *inconclusive*. The metric is the accuracy on all "
-        "classes; differences of other columns are exploratory and decide nothing.",
+        f"{FEWEST_PAIRS} pairs, by the 95 % t-interval of their mean: *supported* if it is above 0, *not worse* if its "
+        "lower end is above -0.5 points, *worse* if it is below 0 and reaches further, else *inconclusive*. The metric "
+        "is the accuracy on all classes; differences of other columns are exploratory and decide nothing.",
         "",
     ]
 
@@ -167,10 +196,25 @@ def _section(section: Section, slug: str, pictures: dict[str, bytes]) -> list[st
         "### Protocol",
         "",
         *protocol(section),
+        *_post_hoc_protocol(section),
         "",
         hardware_table(section),
         *folded_runs(section),
     ]
+
+
+def _post_hoc_protocol(section: Section) -> list[str]:
+    """The settings of the post-hoc methods, as tables use them; a line that was made with others names those."""
+    used = {line.post_hoc for line in section.lines if line.post_hoc is not None}
+    if not used:
+        return []
+    found = [
+        f"{_POST_HOC_TITLES.get(method, method)}: "
+        + ", ".join(f"{name} {getattr(_DEFAULTS, name):g}" for name in SETTINGS[method])
+        for method in POST_HOC
+        if method in used
+    ]
+    return [f"- Settings of the post-hoc methods, none of them searched: {'; '.join(found)}."]
 
 
 def _table(section: Section) -> str:
@@ -185,7 +229,7 @@ def _table(section: Section) -> str:
             line.title,
             "; ".join(number.cell for number in found) or EMPTY,
             cell(line.values("overall")),
-            EMPTY if line.post_hoc else cell(line.values("overall", "best")),
+            best_cell(line),
             *(cell(line.values(group), 1) for group in ("many", "medium", "few")),
             *(thirds_cells(line, section.counts) if thirds else ()),
             cell(line.values("ece"), 1),
@@ -205,21 +249,61 @@ def _same_counts(section: Section) -> bool:
 
 
 def goal(section: Section, line: Line) -> str:
-    """Whether the mean of the last epochs is where the reported mean asks for it; why not, where nothing is decided."""
-    found = published.reported(section.setting, line.method) if _same_counts(section) else ()
-    with_goal = [number for number in found if number.tolerance is not None]
-    if not with_goal:
+    """Whether the mean of the last epochs is where the goal asks for it; why not, where nothing is decided."""
+    wanted = _wanted(section, line) if _same_counts(section) else None
+    if wanted is None:
         return EMPTY
     if not section.is_full:
         return f"not decided ({section.tier} tier)"
     if section.recipe["model"] != published.NETWORK or section.recipe["width"] != 1:
         return "not decided (another network)"
-    if len(line.seeds) < FEWEST_SEEDS:
-        return f"not decided ({len(line.seeds)} seed{'s' * (len(line.seeds) > 1)})"
-    difference = mean(line.values("overall")) - with_goal[0].mean
-    if abs(difference) <= with_goal[0].tolerance + 1e-9:  # 38.06 - 36.00 is above 2.06 in floating point
-        return f"yes ({difference:+.2f})"
-    return f"no ({abs(difference):.2f} {'above' if difference > 0 else 'below'})"
+    seeds = min(len(line.seeds), len(wanted.other.seeds) if wanted.other else FEWEST_SEEDS)
+    if seeds < FEWEST_SEEDS:
+        return f"not decided ({seeds} seed{'s' * (seeds > 1)})"
+    return wanted.verdict(mean(line.values("overall")))
+
+
+class _Wanted(NamedTuple):
+    """An interval for the accuracy of a line, in points above a reference.
+
+    Args:
+        reference: Accuracy that differences are taken to.
+        low, high: Of the difference.
+        other: The line that the reference is the mean of; None for a reported number.
+        words: Behind a difference to another line.
+    """
+
+    reference: float
+    low: float
+    high: float
+    other: Line | None = None
+    words: str = ""
+
+    def verdict(self, accuracy: float) -> str:
+        difference = accuracy - self.reference
+        # 38.06 - 36.00 is above 2.06 in floating point.
+        met = self.low - 1e-9 <= difference <= self.high + 1e-9
+        if self.other is not None:
+            return f"{'yes' if met else 'no'} ({difference:+.2f} {self.words})"
+        if met:
+            return f"yes ({difference:+.2f})"
+        return f"no ({abs(difference):.2f} {'above' if difference > 0 else 'below'})"
+
+
+def _wanted(section: Section, line: Line) -> _Wanted | None:
+    """The goal of a line; None for a method that has none, or whose reference has no run."""
+    for number in published.reported(section.setting, line.method):
+        if number.tolerance is not None:
+            return _Wanted(number.mean, -number.tolerance, number.tolerance)
+    if section.setting not in (published.CIFAR10_EXP100, published.CIFAR100_EXP100):
+        return None
+    baseline, loss_form = section.line(BASELINE), section.line(ADJUSTED)
+    if line.method == ADJUSTED and baseline is not None:
+        return _Wanted(mean(baseline.values("overall")), *ABOVE_BASELINE, baseline, f"to {baseline.title}")
+    if line.method == f"{BASELINE}+{ADJUSTED}" and loss_form is not None:
+        distance = (-POST_HOC_DISTANCE, POST_HOC_DISTANCE)
+        return _Wanted(mean(loss_form.values("overall")), *distance, loss_form, f"to {loss_form.title}")
+    return None
 
 
 def _sources(section: Section) -> list[str]:
@@ -241,7 +325,7 @@ def _comparisons(section: Section) -> list[str]:
     if baseline is None:
         return [*lines, "None: cross-entropy has no run here.", ""]
     comparisons = [(line, baseline) for line in section.lines if line is not baseline]
-    adjusted, loss_form = section.line(f"{BASELINE}+logit-adjustment"), section.line("logit-adjustment")
+    adjusted, loss_form = section.line(f"{BASELINE}+{ADJUSTED}"), section.line(ADJUSTED)
     if adjusted is not None and loss_form is not None:
         comparisons.append((adjusted, loss_form))
     if not comparisons:
