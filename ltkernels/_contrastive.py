@@ -85,7 +85,8 @@ def contrastive_loss(
             positives. ``"own"``: each positive beside the negatives only,
             :math:`L_i = |P(i)|^{-1} \sum_p \log(1 + \sum_{j \in A(i)} e^{\ell_{ij}} / e^{\langle q_i, k_p \rangle
             / \tau_i})`. In the last two a row without a negative gives 0.
-        normalize: Divide queries, keys and extra positives by their length first.
+        normalize: Divide queries, keys and extra positives by their length first, in float32 at least. On GPUs unit
+            vectors of 16-bit embeddings are rounded to 16 bits, for the tensor cores; elsewhere they are not.
         scale_by_temperature: Multiply :math:`L_i` by :math:`\tau_i`.
         log_normalizer: ``(M,)``, :math:`\nu`, a moving average in the place of the log-sum-exp, relative to the
             positive (iSogCLR, arXiv:2305.11965): with :math:`w_{ij} = e^{\ell_{ij} - S_i - \nu_i}`, which are
@@ -224,14 +225,24 @@ def _call(
     if query.is_cpu and not is_compiling() and not has_no_values(query, temperature, *options):
         _check_values(query, key, temperature, options)
     if normalize:
-        query = reference.directions(query)
-        key = None if key is None else reference.directions(key)
+        query = unit_vectors(query)
+        key = None if key is None else unit_vectors(key)
         if options.extra_positive is not None:
-            options = options._replace(extra_positive=reference.directions(options.extra_positive))
+            options = options._replace(extra_positive=unit_vectors(options.extra_positive))
     arguments = (query, key, temperature, *options, denominator, exclude_self, scale_by_temperature)
     if _ops.uses_kernel(query):
         return _ops.contrastive(*arguments, reduction_code, with_stats)
     return reference.contrastive(*arguments, reduction)
+
+
+def unit_vectors(x: Tensor) -> Tensor:
+    """Embeddings divided by their length, in the dtype that similarities are multiplied in."""
+    return reference.directions(as_multiplied(x))
+
+
+def as_multiplied(x: Tensor) -> Tensor:
+    """Embeddings in the dtype that their similarities are computed in: 16 bits only for the tensor cores of a GPU."""
+    return x if x.is_cuda and _ops.uses_kernel(x) else x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _temperature(temperature: float | Tensor, query: Tensor) -> Tensor:

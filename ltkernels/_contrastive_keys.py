@@ -11,6 +11,7 @@ from torch.compiler import is_compiling
 
 import ltkernels.functional as LF
 from ltkernels._checks import has_no_values, integer, kind_of, number
+from ltkernels._contrastive import unit_vectors
 from ltkernels._contrastive_loss import (
     ContrastiveLossModule,
     as_int64,
@@ -138,7 +139,7 @@ class MACLLoss(ContrastiveLossModule):
         """The loss, a scalar: embeddings (M, D), normalised here; the positive of each row (M,), or two views."""
         check_embeddings(embeddings, dims=(2,))
         embeddings, _, positive_index = self._batch(embeddings, None, positive_index)
-        embeddings = directions(embeddings)
+        embeddings = unit_vectors(embeddings)
         return LF.contrastive_loss(
             embeddings,
             temperature=self._temperature(embeddings.detach(), positive_index),
@@ -255,7 +256,7 @@ class ISogCLRLoss(ContrastiveLossModule):
         if index.shape[0] == rows:
             raise ValueError(f"index: expected shape ({rows // 2},), one number for both views, got ({rows},)")
         index = checked_index(index, self.num_samples)
-        embeddings, temperature = directions(embeddings), self.temperature[self._spread(index)]
+        embeddings, temperature = unit_vectors(embeddings), self.temperature[self._spread(index)]
         options = {"temperature": temperature, "positive_index": positive_index, "denominator": "negatives"}
         with torch.no_grad():
             _, stats = LF.contrastive_loss(embeddings.detach(), **options, reduction="none", return_stats=True)
