@@ -11,7 +11,7 @@ from torch.compiler import is_compiling
 
 import ltkernels.functional as LF
 from ltkernels._checks import has_no_values, integer, kind_of, number
-from ltkernels._contrastive import unit_vectors
+from ltkernels._contrastive import as_multiplied, unit_vectors
 from ltkernels._contrastive_loss import (
     ContrastiveLossModule,
     as_int64,
@@ -34,7 +34,10 @@ class BalancedContrastiveLoss(ContrastiveLossModule):
     the batch. Zhu et al., "Balanced Contrastive Learning for Long-Tailed Visual Recognition", arXiv:2207.09052.
 
     The authors' code differs from their formula: in the term of the own class it divides by the keys without row i,
-    :math:`n_{y_i} - 1`. ``count_anchor=False`` gives that, with a table of C x C numbers at every call.
+    :math:`n_{y_i} - 1`. ``count_anchor=False`` gives that.
+
+    Two :func:`ltkernels.functional.similarity_logsumexp`, one over the batch and one over the prototypes, and sums of
+    the embeddings of each class: nothing of the size M x (M + C) is held. ``count_anchor=False`` takes a third one.
 
     Args:
         temperature: :math:`\tau > 0`: a number, or a tensor or ``nn.Parameter`` of shape ().
@@ -74,27 +77,29 @@ class BalancedContrastiveLoss(ContrastiveLossModule):
         _check_like("prototypes", prototypes, embeddings)
         classes, rows = prototypes.shape[0], embeddings.shape[0]
         _check_labels(labels, rows, classes)
-        key_labels = torch.cat([labels, torch.arange(classes, device=labels.device, dtype=labels.dtype)])
-        # Entry 0 is for label -1.
-        accumulated = torch.promote_types(embeddings.dtype, torch.float32)
-        counts = embeddings.new_zeros(classes + 1, dtype=accumulated)
-        counts = counts.index_add(0, key_labels + 1, torch.ones_like(key_labels, dtype=accumulated))
-        counts[0] = 1
-        margin = None
-        if not self.count_anchor:  # a class without a row in the batch has one key, its prototype, and no anchor
-            margin = (counts / (counts - 1).clamp(min=1))[1:].log().diag()
-        keys = torch.arange(rows + classes, device=embeddings.device)
-        return LF.contrastive_loss(
-            embeddings,
-            torch.cat([embeddings, prototypes]),
-            temperature=self.temperature,
-            labels=labels,
-            key_labels=key_labels,
-            allowed=keys[:rows, None] != keys,
-            key_bias=-counts.log()[key_labels + 1],
-            pair_margin=margin,
-            normalize=self.normalize,
-        )
+        z, c = (unit_vectors(x) if self.normalize else as_multiplied(x) for x in (embeddings, prototypes))
+        acc = torch.promote_types(z.dtype, torch.float32)
+        # Place 0 is for label -1. What is below is out of range wherever it is: negative places count from the end.
+        place = torch.where(labels < -1, classes + 1, labels + 1)
+        known = labels >= 0
+        ones = torch.ones_like(labels, dtype=acc)
+        keys = z.new_ones(classes + 1, dtype=acc).index_add(0, place, ones)  # of each class, the prototype among them
+        n = torch.where(known, keys.index_select(0, place), 2.0)
+        sums = torch.cat([z.new_zeros(1, z.shape[1], dtype=acc), c.to(acc)])
+        own = sums.index_select(0, place)
+        sums = sums.index_add(0, place, z.to(acc))
+        # Sums of classes in the place of all pairs: memory O(M D), whatever the number of rows.
+        positive = (z * (sums.index_select(0, place) - z)).sum(1) / self.temperature / (n - 1)
+        terms = [
+            LF.similarity_logsumexp(z, temperature=self.temperature, key_bias=torch.where(known, -n.log(), 0.0)),
+            LF.similarity_logsumexp(z, c, temperature=self.temperature, key_bias=-keys[1:].log(), exclude=None),
+        ]
+        if not self.count_anchor:  # 1 / (n - 1) = 1 / n + 1 / (n (n - 1)), the latter for keys of the own class
+            share = (n * (n - 1)).log()
+            same = LF.similarity_logsumexp(z, temperature=self.temperature, labels=labels, exclude="different_label")
+            terms += [same - share, (z * own).sum(1) / self.temperature - share]
+        loss = torch.where(known, torch.logsumexp(torch.stack(terms), 0) - positive, 0.0)
+        return loss.sum() / known.sum().clamp(min=1)
 
     def extra_repr(self) -> str:
         return f"temperature={shown(self.temperature)}, {super().extra_repr()}, count_anchor={self.count_anchor}"

@@ -9,6 +9,8 @@ from collections.abc import Callable
 import pytest
 from contrastive_oracle import KERNEL
 
+from ltkernels import nn as lnn
+
 pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="reads /proc"),
     pytest.mark.skipif(not KERNEL, reason="the definition holds the matrix of similarities"),
@@ -18,6 +20,7 @@ MEMORY = """
 import ctypes, json, sys
 from pathlib import Path
 import torch, ltkernels.functional as LF
+from ltkernels import nn as lnn
 
 torch.set_num_threads(2)
 ctypes.CDLL(None).mallopt(-3, 1 << 16)  # M_MMAP_THRESHOLD: what malloc keeps must not hide what is used
@@ -26,9 +29,33 @@ def status(field):
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field + ":"))
 
+def module(kind, rows):
+    # And what it is called with besides the embeddings.
+    labels, index = torch.arange(rows) % 100, torch.arange(rows // 2)
+    if kind == "BalancedContrastiveLoss":
+        return lnn.BalancedContrastiveLoss(), (labels, torch.randn(100, 16).requires_grad_())
+    if kind == "BalancedContrastiveLoss, the authors' code":
+        return lnn.BalancedContrastiveLoss(count_anchor=False), (labels, torch.randn(100, 16).requires_grad_())
+    if kind == "NTXentLoss, pairs":
+        return lnn.NTXentLoss(0.2, "pairs"), (labels,)
+    if kind == "TemperatureContrastiveLoss":
+        return lnn.TemperatureContrastiveLoss(torch.full((rows,), 0.2)), (index,)
+    if kind == "ISogCLRLoss":
+        return lnn.ISogCLRLoss(rows, 0.3), (index,)
+    if kind == "MoCoLoss":
+        return lnn.MoCoLoss(16, rows), (torch.randn(rows, 16), labels)
+    arguments = {"NTXentLoss": (0.2,), "SupConLoss": (0.2,), "TemperatureScheduledLoss": (10,), "MACLLoss": ()}
+    return getattr(lnn, kind)(*arguments[kind]), (labels,) if kind == "SupConLoss" else ()
+
 def peak(rows, kind, width=16):
     generator = torch.Generator().manual_seed(0)
     z = torch.randn(rows, width, generator=generator).requires_grad_()
+    if "Loss" in kind:
+        criterion, arguments = module(kind, rows)
+        Path("/proc/self/clear_refs").write_text("5")
+        before = status("VmRSS")
+        criterion(z, *arguments).backward()
+        return status("VmHWM") - before
     tau = torch.full((rows,), 0.5).requires_grad_()
     options = {"labels": torch.randint(100, (rows,), generator=generator), "temperature": tau}
     if kind == "two_sided":
@@ -49,6 +76,12 @@ print(json.dumps({kind: [peak(rows, kind) for rows in sizes] for kind in kinds})
 """
 
 
+MODULES = [
+    "BalancedContrastiveLoss", "BalancedContrastiveLoss, the authors' code", "ISogCLRLoss", "MACLLoss", "MoCoLoss",
+    "NTXentLoss", "NTXentLoss, pairs", "SupConLoss", "TemperatureContrastiveLoss", "TemperatureScheduledLoss",
+]  # fmt: skip
+
+
 def peaks(run_python: Callable[..., str], sizes: list[int], kinds: list[str]) -> dict[str, list[int]]:
     return json.loads(run_python("-c", MEMORY, json.dumps([sizes, kinds])))
 
@@ -67,6 +100,13 @@ def check(found: dict[str, list[int]], sizes: list[int]) -> None:
 def test_memory_is_linear(run_python: Callable[..., str]) -> None:
     sizes = [4700, 9400]
     check(peaks(run_python, sizes, ["all", "own", "two_sided"]), sizes)
+
+
+def test_memory_of_the_modules_is_linear(run_python: Callable[..., str]) -> None:
+    names = {name for name in lnn.__all__ if "_contrastive" in getattr(lnn, name).__module__}
+    assert names == {kind.split(",")[0] for kind in MODULES}
+    sizes = [4500, 6000]
+    check(peaks(run_python, sizes, MODULES), sizes)
 
 
 def test_small_matrices_are_kept_up_to_40_MiB(run_python: Callable[..., str]) -> None:

@@ -226,43 +226,6 @@ def test_set_temperature_and_weight() -> None:
         loss.set_sample_weight(torch.ones(3))
 
 
-def balanced(z: Tensor, labels: Tensor, prototypes: Tensor, tau: float, anchor: bool) -> Tensor:
-    """Equation of the paper, with class sets that hold a prototype each; ``anchor=False``: as in the authors' code."""
-    z, c = F.normalize(z, dim=1), F.normalize(prototypes, dim=1)
-    losses = []
-    for i, y in enumerate(labels.tolist()):
-        if y < 0:
-            continue
-        total = 0
-        for k in range(len(c)):
-            members = [j for j in range(len(z)) if labels[j] == k]
-            count = len(members) + 1 - (k == y and not anchor)
-            mass = sum(torch.exp(z[i] @ z[j] / tau) for j in members if j != i) + torch.exp(z[i] @ c[k] / tau)
-            total = total + mass / count
-        for j in range(len(z)):  # without a class: one of its own
-            if labels[j] < 0:
-                total = total + torch.exp(z[i] @ z[j] / tau)
-        terms = [z[i] @ z[j] / tau for j in range(len(z)) if j != i and labels[j] == y] + [z[i] @ c[y] / tau]
-        losses.append(mean([torch.log(total) - s for s in terms]))
-    return mean(losses)
-
-
-@pytest.mark.parametrize("anchor", [True, False])
-def test_balanced(anchor: bool) -> None:
-    loss, prototypes = lnn.BalancedContrastiveLoss(0.2, count_anchor=anchor), embeddings(6, seed=1)
-    assert_same(
-        lambda z, c: loss(z, LABELS, c), lambda z, c: balanced(z, LABELS, c, 0.2, anchor), embeddings(), prototypes
-    )
-    views, labels = embeddings().view(6, 2, 6), LABELS[:6]
-    flat = lambda x: torch.cat([x[:, 0], x[:, 1]])  # noqa: E731
-    assert_same(
-        lambda z, c: loss(z, labels, c),
-        lambda z, c: balanced(flat(z), labels.repeat(2), c, 0.2, anchor),
-        views,
-        prototypes,
-    )
-
-
 def test_macl() -> None:
     """InfoNCE weighted by 1 / (1 - P), both the weight and the temperature constant: the same gradient."""
 

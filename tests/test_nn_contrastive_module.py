@@ -147,7 +147,8 @@ def test_queue_of_another_dtype(dtype: torch.dtype) -> None:
     torch.testing.assert_close(one[1], other[1], rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("name", ["scheduled", "temperature", "isogclr", "moco"])  # those with a state
+# Those with a state, and those with more than a call of the function.
+@pytest.mark.parametrize("name", ["scheduled", "temperature", "isogclr", "moco", "balanced", "balanced code"])
 def test_compiles_without_graph_breaks(name: str) -> None:
     loss, eager = make(name), make(name)
     torch._dynamo.reset()
