@@ -100,8 +100,10 @@ def contrastive_loss(
 
     Raises:
         ValueError: wrong shapes, devices or names, a temperature that is not positive, ``positive_index`` out of range
-            or at the row itself, both ``labels`` and ``positive_index`` or nothing that names a positive. Values are
-            checked on CPUs; on GPUs a bad temperature gives NaN.
+            or at the row itself, labels below -1 or not below L, both ``labels`` and ``positive_index`` or nothing
+            that names a positive. Values are checked on CPUs. On GPUs reading them would synchronise: a bad
+            temperature, label or ``positive_index`` makes the loss of its row, all means and sums, and their gradients
+            NaN, and the label of a key those of every row.
         TypeError: wrong dtypes, such as a queue of another dtype than the queries.
 
     Example::
