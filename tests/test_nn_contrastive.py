@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -407,3 +409,10 @@ def test_moco_with_a_queue_that_changes_before_backward() -> None:
         assert "inplace operation" in str(error)
     else:
         torch.testing.assert_close(gradient, expected)
+
+
+@pytest.mark.skipif(os.environ.get("LTKERNELS_BACKEND") == "reference", reason="runs these files")
+def test_the_definition_gives_the_same_losses(run_python: Callable[..., str]) -> None:
+    """The modules on the plain-torch backend, which serves the devices that no kernel is written for."""
+    files = [str(Path(__file__).with_name(name)) for name in (Path(__file__).name, "test_nn_balanced_contrastive.py")]
+    assert " passed" in run_python("-m", "pytest", "-q", *files, LTKERNELS_BACKEND="reference")
