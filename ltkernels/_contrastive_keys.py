@@ -183,6 +183,11 @@ class ISogCLRLoss(ContrastiveLossModule):
     constants: its gradient is that of the objective with the moving average s in the place of the batch's own mean, so
     that small batches do not bias it. Its value says little. In evaluation mode no state changes.
 
+    This is the rule of the paper. The authors' code (``SogCLR_DRO_Loss``) and LibAUC's ``GCLoss_v1`` average
+    :math:`e^{\langle z_i, z_j \rangle / \tau}`, not relative to the positive, weight each view by its own moved average,
+    and return the sum over the views: their gradients and temperatures are others, by 20 to 40 percent of a gradient in
+    the guide's example.
+
     Args:
         num_samples: Size of the training set.
         rho: :math:`\rho \ge 0`; the greater, the lower the temperatures.
