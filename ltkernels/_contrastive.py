@@ -28,7 +28,7 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 class ContrastiveStats(NamedTuple):
     """What a contrastive loss knows of each row: (M,) each, float32 (float64 for float64 queries), no gradient."""
 
-    row_loss: Tensor  # L_i without its sample weight; 0 for rows that have no positive
+    row_loss: Tensor  # L_i, tau_i L_i under scale_by_temperature, without its weight u_i; 0 for rows without a positive
     logsumexp: Tensor  # LSE_i over the keys of the denominator; -inf if there is none
     positive: Tensor  # S_i, the mean of <q_i, k_p> / tau_i over the positives; 0 if there is none
     expected: Tensor  # E_i, the mean of <q_i, k_j> / tau_i under softmax(l_i) over the keys of the denominator
@@ -91,7 +91,9 @@ def contrastive_loss(
         log_normalizer: ``(M,)``, :math:`\nu`, a moving average in the place of the log-sum-exp, relative to the
             positive (iSogCLR, arXiv:2305.11965): with :math:`w_{ij} = e^{\ell_{ij} - S_i - \nu_i}`, which are
             constants, and S_i the mean of the positives, :math:`L_i = \sum_{j \in A(i)} w_{ij} (\langle q_i, k_j
-            \rangle - \tau_i S_i)`. For ``denominator="negatives"``; the temperature gets no gradient.
+            \rangle - \tau_i S_i)`. The weights have c and :math:`\rho` in them, as the log-sum-exp has that is
+            averaged: a key of bias c counts :math:`e^c` times. For ``denominator="negatives"``; the temperature,
+            ``key_bias`` and ``pair_margin`` get no gradient.
         extra_positive: ``(M, D)``, one more positive of each row, which no other row sees.
         return_stats: Also return ``ContrastiveStats``.
 

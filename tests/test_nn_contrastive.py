@@ -211,6 +211,33 @@ def test_temperature_of_each_sample(layout: str) -> None:
     assert_same(lambda z: loss(z, every, LABELS), lambda z: supervised(z, LABELS, tau[:12], u[:12]), embeddings())
 
 
+@pytest.mark.parametrize("layout", ["stacked", "interleaved"])
+@pytest.mark.parametrize("views", [2, 3])
+def test_temperature_of_each_sample_with_views(views: int, layout: str) -> None:
+    """(N, V, D), whatever the layout of rows: one number for all views of a sample."""
+    tau, u = torch.linspace(0.1, 0.9, 12).double(), torch.linspace(2, 1, 12).double()
+    loss, index = lnn.TemperatureContrastiveLoss(tau, u, layout=layout), torch.tensor([7, 0, 11, 3])
+    flat = lambda x: torch.cat([x[:, v] for v in range(views)])  # noqa: E731
+    rows, z = index.repeat(views), embeddings(4 * views).view(4, views, 6)
+    alone, labels = torch.arange(4).repeat(views), torch.tensor([0, 1, 0, 2])
+    assert_same(lambda x: loss(x, index), lambda x: supervised(flat(x), alone, tau[rows], u[rows]), z)
+    expected = lambda x: supervised(flat(x), labels.repeat(views), tau[rows], u[rows])  # noqa: E731
+    assert_same(lambda x: loss(x, index, labels), expected, z)
+
+
+@pytest.mark.parametrize("layout", ["stacked", "interleaved"])
+def test_two_views_as_a_dimension(layout: str) -> None:
+    """(N, 2, D) is the same as the rows in the module's layout, state included."""
+    views, index = embeddings().view(6, 2, 6), torch.tensor([4, 0, 7, 3, 9, 1])
+    rows = lambda x: x.flatten(0, 1) if layout == "interleaved" else torch.cat([x[:, 0], x[:, 1]])  # noqa: E731
+    macl = lnn.MACLLoss(0.2, layout=layout)
+    assert_same(macl, lambda x: macl(rows(x)), views)
+    losses = [lnn.ISogCLRLoss(12, 0.3, layout=layout) for _ in range(2)]
+    for _ in range(2):
+        assert_same(lambda x: losses[0](x, index), lambda x: losses[1](rows(x), index), views)
+    assert torch.equal(losses[0].temperature, losses[1].temperature) and (losses[0].temperature[index] != 0.1).all()
+
+
 def test_set_temperature_and_weight() -> None:
     first, second = torch.full((12,), 0.5), torch.linspace(0.1, 0.6, 12)
     loss = lnn.TemperatureContrastiveLoss(first)
