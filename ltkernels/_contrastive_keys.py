@@ -203,8 +203,12 @@ class ISogCLRLoss(ContrastiveLossModule):
         layout: How two views are ordered, as in :class:`NTXentLoss`.
 
     State, in buffers of ``num_samples`` numbers, saved and float32 at least: ``temperature``, ``log_average`` (log s;
-    -inf: not seen yet) and ``averaged_gradient`` (v). A batch should have a sample only once. Each process keeps its
-    own state: with several, gather embeddings and indices first, so that all of them do the same updates.
+    -inf: not seen yet) and ``averaged_gradient`` (v). A batch should have a sample only once.
+
+    With several processes gather embeddings and indices first, so that all of them do the same updates. Without, each
+    process has a state of the samples it saw itself, as long as the loss is outside of ``DistributedDataParallel`` or
+    that is made with ``broadcast_buffers=False``; rank 0 saves its own. DDP's default, ``broadcast_buffers=True``,
+    overwrites the state by that of rank 0 before every forward pass: what other ranks have learned is lost.
 
     Raises:
         ValueError: a value out of range, wrong shapes, fewer than two samples, a number of a sample out of range.

@@ -292,7 +292,7 @@ class TemperatureContrastiveLoss(ContrastiveLossModule):
 
     Both vectors are buffers, copied from the arguments: saved, moved with the module, float32 at least, and changed in
     place by :meth:`set_temperature` and :meth:`set_sample_weight`. Under ``DistributedDataParallel`` call these with
-    the same values on every rank; the forward pass only reads.
+    the same values on every rank; the forward pass only reads, so that ``broadcast_buffers`` changes nothing.
 
     Raises:
         ValueError: wrong shapes or values, a number of a sample out of range (checked on CPUs).

@@ -36,7 +36,8 @@ class MoCoLoss(ContrastiveLossModule):
             GPUs in the dtype of a queue of 16 bits, for the tensor cores.
 
     State, in buffers that are saved: ``queue`` (size, D), ``queue_labels`` (size,) int64 and ``pointer``, the next
-    place to write to. With several processes gather the keys before :meth:`enqueue`, so that all queues stay the same.
+    place to write to. With several processes gather the keys before :meth:`enqueue`, so that all queues stay the same;
+    ``DistributedDataParallel(..., broadcast_buffers=False)`` then does not send the queue at every forward pass.
 
     Raises:
         ValueError: a value out of range, wrong shapes, more keys than the queue holds.
