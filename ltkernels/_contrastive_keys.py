@@ -43,7 +43,7 @@ class BalancedContrastiveLoss(ContrastiveLossModule):
         count_anchor: Whether :math:`n_{y_i}` counts row i.
 
     Raises:
-        ValueError: a value out of range, wrong shapes, labels that are not below C (checked on CPUs).
+        ValueError: a value out of range, wrong shapes, labels that are not below C (on CPUs; the loss is NaN on GPUs).
         TypeError: a wrong type or dtype.
 
     Example::
@@ -77,17 +77,19 @@ class BalancedContrastiveLoss(ContrastiveLossModule):
         check_labels(labels, rows, classes)
         z, c = (unit_vectors(x) if self.normalize else as_multiplied(x) for x in (embeddings, prototypes))
         acc = torch.promote_types(z.dtype, torch.float32)
-        # Place 0 is for label -1. What is below is out of range wherever it is: negative places count from the end.
-        place = torch.where(labels < -1, classes + 1, labels + 1)
-        known = labels >= 0
+        # Labels that are none make the loss NaN where no check has seen them.
+        refused = (labels < -1) | (labels >= classes)
+        known = (labels >= 0) | refused
+        place = torch.where(refused, 0, labels + 1)  # 0 is for label -1
         ones = torch.ones_like(labels, dtype=acc)
         keys = z.new_ones(classes + 1, dtype=acc).index_add(0, place, ones)  # of each class, the prototype among them
         n = torch.where(known, keys.index_select(0, place), 2.0)
-        sums = torch.cat([z.new_zeros(1, z.shape[1], dtype=acc), c.to(acc)])
-        own = sums.index_select(0, place)
-        sums = sums.index_add(0, place, z.to(acc))
+        n = torch.where(refused, torch.nan, n)
         # Sums of classes in the place of all pairs: memory O(M D), whatever the number of rows.
-        positive = (z * (sums.index_select(0, place) - z)).sum(1) / self.temperature / (n - 1)
+        sums = torch.cat([z.new_zeros(1, z.shape[1], dtype=acc), c.to(acc)])
+        own = _rows_of(sums, place)
+        sums = _with_rows_added(sums, place, z.to(acc))
+        positive = (z * (_rows_of(sums, place) - z)).sum(1) / self.temperature / (n - 1)
         terms = [
             LF.similarity_logsumexp(z, temperature=self.temperature, key_bias=torch.where(known, -n.log(), 0.0)),
             LF.similarity_logsumexp(z, c, temperature=self.temperature, key_bias=-keys[1:].log(), exclude=None),
@@ -309,6 +311,16 @@ class ISogCLRLoss(ContrastiveLossModule):
         names = ("num_samples", "rho", "temperature_range", "gamma", "learning_rate", "beta", "gradient_clip")
         layout = super().extra_repr().removeprefix("normalize=True")
         return ", ".join(f"{name}={getattr(self, name)}" for name in names) + layout
+
+
+def _rows_of(table: Tensor, place: Tensor) -> Tensor:
+    """Rows, their gradients summed in a fixed order: by index_add on CPUs, and sorted on GPUs, where it has atomics."""
+    return table.index_select(0, place) if table.is_cpu else table[place]
+
+
+def _with_rows_added(table: Tensor, place: Tensor, x: Tensor) -> Tensor:
+    """The table with the rows x added, in a fixed order."""
+    return table.index_add(0, place, x) if table.is_cpu else table.index_put((place,), x, accumulate=True)
 
 
 def _check_like(name: str, x: Tensor, embeddings: Tensor) -> None:

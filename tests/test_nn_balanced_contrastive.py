@@ -91,3 +91,17 @@ def test_balanced_under_vmap() -> None:
     z, y, c = embeddings(24).view(2, 12, 6), torch.stack([LABELS, LABELS.roll(1)]), embeddings(6, seed=1)
     looped = torch.stack([loss(z[i], y[i], c) for i in range(2)])
     torch.testing.assert_close(torch.vmap(lambda z, y: loss(z, y, c))(z, y), looped)
+
+
+@pytest.mark.parametrize("anchor", [True, False])
+@pytest.mark.parametrize("label", [-2, 6, 2**40])
+def test_labels_that_no_check_sees_give_nan(label: int, anchor: bool) -> None:
+    """Or an error of a kernel that can raise one; as on a GPU, where values are not read."""
+    loss, labels, c = lnn.BalancedContrastiveLoss(0.2, count_anchor=anchor), LABELS.clone(), embeddings(6, seed=1)
+    z, labels[3] = embeddings(), label
+    try:
+        value = torch.vmap(lambda y: loss(z, y, c))(labels[None])
+    except ValueError as error:
+        assert "expected labels" in str(error)
+    else:
+        assert value.isnan().all()

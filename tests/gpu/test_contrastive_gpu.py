@@ -130,8 +130,25 @@ def test_same_bits_every_time() -> None:
     check_same_bits_every_time(call())
 
 
+def balanced() -> Callable[[], tuple[Tensor, ...]]:
+    """The module that sums the rows of each class besides."""
+    z, prototypes = embeddings(700, 96).to(CUDA).requires_grad_(), embeddings(7, 96, 3).to(CUDA).requires_grad_()
+    loss, labels = lnn.BalancedContrastiveLoss(count_anchor=False), torch.arange(700, device=CUDA) % 7
+
+    def step() -> tuple[Tensor, ...]:
+        value = loss(z, labels, prototypes)
+        return value, *torch.autograd.grad(value, (z, prototypes))
+
+    return step
+
+
+def test_balanced_loss_has_the_same_bits_every_time() -> None:
+    check_same_bits_every_time(balanced())
+
+
 def test_no_synchronisation() -> None:
     check_no_synchronisation(call())
+    check_no_synchronisation(balanced())
 
 
 def test_cuda_graph() -> None:
