@@ -28,7 +28,7 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 class ContrastiveStats(NamedTuple):
     """What a contrastive loss knows of each row: (M,) each, float32 (float64 for float64 queries), no gradient."""
 
-    row_loss: Tensor  # L_i without its sample weight; 0 for rows that have no positive
+    row_loss: Tensor  # L_i, tau_i L_i under scale_by_temperature, without its weight u_i; 0 for rows without a positive
     logsumexp: Tensor  # LSE_i over the keys of the denominator; -inf if there is none
     positive: Tensor  # S_i, the mean of <q_i, k_p> / tau_i over the positives; 0 if there is none
     expected: Tensor  # E_i, the mean of <q_i, k_j> / tau_i under softmax(l_i) over the keys of the denominator
@@ -85,12 +85,15 @@ def contrastive_loss(
             positives. ``"own"``: each positive beside the negatives only,
             :math:`L_i = |P(i)|^{-1} \sum_p \log(1 + \sum_{j \in A(i)} e^{\ell_{ij}} / e^{\langle q_i, k_p \rangle
             / \tau_i})`. In the last two a row without a negative gives 0.
-        normalize: Divide queries, keys and extra positives by their length first.
+        normalize: Divide queries, keys and extra positives by their length first, in float32 at least. On GPUs unit
+            vectors of 16-bit embeddings are rounded to 16 bits, for the tensor cores; elsewhere they are not.
         scale_by_temperature: Multiply :math:`L_i` by :math:`\tau_i`.
         log_normalizer: ``(M,)``, :math:`\nu`, a moving average in the place of the log-sum-exp, relative to the
             positive (iSogCLR, arXiv:2305.11965): with :math:`w_{ij} = e^{\ell_{ij} - S_i - \nu_i}`, which are
             constants, and S_i the mean of the positives, :math:`L_i = \sum_{j \in A(i)} w_{ij} (\langle q_i, k_j
-            \rangle - \tau_i S_i)`. For ``denominator="negatives"``; the temperature gets no gradient.
+            \rangle - \tau_i S_i)`. The weights have c and :math:`\rho` in them, as the log-sum-exp has that is
+            averaged: a key of bias c counts :math:`e^c` times. For ``denominator="negatives"``; the temperature,
+            ``key_bias`` and ``pair_margin`` get no gradient.
         extra_positive: ``(M, D)``, one more positive of each row, which no other row sees.
         return_stats: Also return ``ContrastiveStats``.
 
@@ -99,8 +102,10 @@ def contrastive_loss(
 
     Raises:
         ValueError: wrong shapes, devices or names, a temperature that is not positive, ``positive_index`` out of range
-            or at the row itself, both ``labels`` and ``positive_index`` or nothing that names a positive. Values are
-            checked on CPUs; on GPUs a bad temperature gives NaN.
+            or at the row itself, labels below -1 or not below L, both ``labels`` and ``positive_index`` or nothing
+            that names a positive. Values are checked on CPUs. On GPUs reading them would synchronise: a bad
+            temperature, label or ``positive_index`` makes the loss of its row, all means and sums, and their gradients
+            NaN, and the label of a key those of every row.
         TypeError: wrong dtypes, such as a queue of another dtype than the queries.
 
     Example::
@@ -224,14 +229,24 @@ def _call(
     if query.is_cpu and not is_compiling() and not has_no_values(query, temperature, *options):
         _check_values(query, key, temperature, options)
     if normalize:
-        query = reference.directions(query)
-        key = None if key is None else reference.directions(key)
+        query = unit_vectors(query)
+        key = None if key is None else unit_vectors(key)
         if options.extra_positive is not None:
-            options = options._replace(extra_positive=reference.directions(options.extra_positive))
+            options = options._replace(extra_positive=unit_vectors(options.extra_positive))
     arguments = (query, key, temperature, *options, denominator, exclude_self, scale_by_temperature)
     if _ops.uses_kernel(query):
         return _ops.contrastive(*arguments, reduction_code, with_stats)
     return reference.contrastive(*arguments, reduction)
+
+
+def unit_vectors(x: Tensor) -> Tensor:
+    """Embeddings divided by their length, in the dtype that similarities are multiplied in."""
+    return reference.directions(as_multiplied(x))
+
+
+def as_multiplied(x: Tensor) -> Tensor:
+    """Embeddings in the dtype that their similarities are computed in: 16 bits only for the tensor cores of a GPU."""
+    return x if x.is_cuda and _ops.uses_kernel(x) else x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _temperature(temperature: float | Tensor, query: Tensor) -> Tensor:

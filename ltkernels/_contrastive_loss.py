@@ -53,10 +53,26 @@ class ContrastiveLossModule(nn.Module):
             positive_index = LF.view_pairs(embeddings.shape[0], self.layout, embeddings.device)
         return embeddings, as_int64(labels), as_int64(positive_index)
 
-    def _rows(self, name: str, x: Tensor, rows: int) -> Tensor:
-        """Numbers of samples (rows,), or (rows / 2,) for two views of each, as numbers of rows."""
+    def _two_views(self, embeddings: Tensor) -> Tensor:
+        """(2 N, D) in the module's layout from (N, 2, D); (M, D) as they are."""
+        check_embeddings(embeddings, expected="(M, D) or (N, 2, D)")
+        if embeddings.dim() == 2:
+            return embeddings
+        if embeddings.shape[1] != 2:
+            raise ValueError(f"embeddings: expected shape (M, D) or (N, 2, D), got {tuple(embeddings.shape)}")
+        return (embeddings.transpose(0, 1) if self.layout == "stacked" else embeddings).flatten(0, 1)
+
+    def _rows(self, name: str, x: Tensor, rows: int, views: tuple[int, int] | None = None) -> Tensor:
+        """Numbers of samples (rows,), or (rows / 2,) for two views of each, as numbers of rows.
+
+        ``views``: N and V of embeddings (N, V, D); the numbers are (N,) then.
+        """
         if not isinstance(x, Tensor) or x.is_floating_point() or x.is_complex() or x.dtype == torch.bool:
             raise TypeError(f"{name}: expected an integer Tensor, got {kind_of(x)}")
+        if views is not None:
+            if x.shape != views[:1]:
+                raise ValueError(f"{name}: expected shape ({views[0]},), got {tuple(x.shape)}")
+            return x.repeat(views[1])
         if x.shape == (rows,):
             return x
         if rows % 2 or x.shape != (rows // 2,):
@@ -276,7 +292,7 @@ class TemperatureContrastiveLoss(ContrastiveLossModule):
 
     Both vectors are buffers, copied from the arguments: saved, moved with the module, float32 at least, and changed in
     place by :meth:`set_temperature` and :meth:`set_sample_weight`. Under ``DistributedDataParallel`` call these with
-    the same values on every rank; the forward pass only reads.
+    the same values on every rank; the forward pass only reads, so that ``broadcast_buffers`` changes nothing.
 
     Raises:
         ValueError: wrong shapes or values, a number of a sample out of range (checked on CPUs).
@@ -331,15 +347,17 @@ class TemperatureContrastiveLoss(ContrastiveLossModule):
         """The loss, a scalar; 0 if no row has a positive.
 
         Args:
-            embeddings: (M, D) of any floating dtype.
-            index: The sample of each row, (M,), or (M / 2,) for two views of each sample in the module's ``layout``:
-                numbers below ``num_samples``.
-            labels, positive_index: (M,), as in :class:`NTXentLoss`; with neither, two views of each sample.
+            embeddings: (M, D) of any floating dtype, or (N, V, D), V views of N samples.
+            index: The sample of each row, (M,), or (M / 2,) for two views of each sample in the module's ``layout``,
+                or (N,) with views: numbers below ``num_samples``.
+            labels, positive_index: as in :class:`NTXentLoss`; with neither, views of the same sample are positives.
         """
-        check_embeddings(embeddings, dims=(2,))
+        check_embeddings(embeddings)
+        views = embeddings.shape[:2] if embeddings.dim() == 3 else None
         embeddings, labels, positive_index = self._batch(embeddings, labels, positive_index)
         index = as_int64(index)
-        rows = checked_index(self._rows("index", index, embeddings.shape[0]), self.temperature.shape[0])
+        rows = self._rows("index", index, embeddings.shape[0], views)
+        rows = checked_index(rows, self.temperature.shape[0])
         return LF.contrastive_loss(
             embeddings,
             temperature=self.temperature[rows],
@@ -358,12 +376,24 @@ def as_int64(x: Tensor | None) -> Tensor | None:
     return x.long() if isinstance(x, Tensor) and not x.is_floating_point() and x.dtype != torch.bool else x
 
 
-def check_embeddings(embeddings: Tensor, dims: tuple[int, ...] = (2, 3)) -> None:
+def check_embeddings(embeddings: Tensor, expected: str = "(M, D) or (N, V, D)") -> None:
     if not isinstance(embeddings, Tensor):
         raise TypeError(f"embeddings: expected a Tensor, got {type(embeddings).__name__}")
-    if embeddings.dim() not in dims:
-        expected = "(M, D) or (N, V, D)" if 3 in dims else "(M, D)"
+    if embeddings.dim() not in (2, 3):
         raise ValueError(f"embeddings: expected shape {expected}, got {tuple(embeddings.shape)}")
+
+
+def check_labels(labels: Tensor, rows: int, classes: int | None) -> None:
+    if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.dtype == torch.bool:
+        raise TypeError(f"labels: expected an integer Tensor, got {kind_of(labels)}")
+    if labels.shape != (rows,):
+        raise ValueError(f"labels: expected shape ({rows},), got {tuple(labels.shape)}")
+    if is_compiling() or not labels.is_cpu or has_no_values(labels):
+        return
+    bad = (labels < -1) | (labels >= classes) if classes is not None else labels < -1
+    if bad.any():
+        expected = "from -1 on" if classes is None else f"from -1 to {classes - 1}"
+        raise ValueError(f"labels: expected labels {expected}, got {int(labels[bad][0])}")
 
 
 def checked_index(index: Tensor, samples: int) -> Tensor:

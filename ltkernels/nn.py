@@ -25,8 +25,9 @@ from torch import Tensor
 from ltkernels import margins as M
 from ltkernels._auxiliary_loss import NeighborSilencingLoss
 from ltkernels._checks import ClassCounts, kind_of, number
-from ltkernels._contrastive_keys import BalancedContrastiveLoss, ISogCLRLoss, MACLLoss, MoCoLoss
+from ltkernels._contrastive_keys import BalancedContrastiveLoss, ISogCLRLoss, MACLLoss
 from ltkernels._contrastive_loss import NTXentLoss, SupConLoss, TemperatureContrastiveLoss, TemperatureScheduledLoss
+from ltkernels._contrastive_queue import MoCoLoss
 from ltkernels._cosine_linear import CosineLinear
 from ltkernels._linear_loss import LinearMarginCrossEntropyLoss
 from ltkernels._margin_loss import LossOptions, MarginCrossEntropyLoss

@@ -181,6 +181,9 @@ def contrastive(
 
     loss = sum_i u_i r_i (tau_i if scale_by_temperature) / Z over rows with a positive (LOGSUMEXP: over all rows);
     Z = sum of their u_i for the mean. r_i = 0 without a positive, and without a negative for NEGATIVES and OWN.
+
+    Labels below -1 or not below L, and positives that are no key of the row, are errors where values can be read. Where
+    they cannot, r_i and its gradients are NaN: in the row, and in all rows if it is the label of a key.
     """
     acc = torch.float64 if query.dtype == torch.float64 else torch.float32
     q, tau = query.to(acc), temperature.to(acc)[:, None]
@@ -189,6 +192,15 @@ def contrastive(
         labels = labels.long()
         key_labels = labels if key is None else key_labels.long()
     rows, keys = q.shape[0], k.shape[0]
+
+    wrong = wrong_keys = torch.zeros(rows, dtype=torch.bool, device=query.device)
+    if labels is not None:
+        limit = math.inf if pair_margin is None else pair_margin.shape[0]
+        wrong, wrong_keys = ((y < -1) | (y >= limit) for y in (labels, key_labels))
+        labels, key_labels = torch.where(wrong, -1, labels), torch.where(wrong_keys, -1, key_labels)
+    if positive_index is not None:
+        own = exclude_self & (positive_index == torch.arange(rows, device=query.device)) if key is None else wrong
+        wrong = (positive_index < 0) | (positive_index >= keys) | own
 
     seen = torch.ones(rows, keys, dtype=torch.bool, device=query.device)
     if key is None and exclude_self:
@@ -232,6 +244,7 @@ def contrastive(
     logits = torch.where(summed & full[:, None], s + additive, torch.where(full[:, None], -torch.inf, 0.0))
     lse = torch.where(full, torch.logsumexp(logits, 1), -torch.inf)
     count = positive.sum(1)
+    count = torch.where(wrong, count.clamp(min=1), count)
     mean_positive = torch.where(positive, s, 0.0).sum(1) / count.clamp(min=1)
 
     if denominator >= LOGSUMEXP:
@@ -250,6 +263,9 @@ def contrastive(
     else:
         counted = count > 0
         row_loss = torch.where(full, lse - mean_positive, 0.0)
+    wrong = wrong | wrong_keys.any()
+    nan = torch.where(wrong, torch.nan, 0.0).to(acc)
+    row_loss, lse = torch.where(wrong, (s + additive).sum(1) * nan, row_loss), lse + nan
     if denominator < LOGSUMEXP:
         row_loss = torch.where(counted, row_loss, 0.0)
     if scale_by_temperature:

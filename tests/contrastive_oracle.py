@@ -72,10 +72,10 @@ def definition(arguments: dict) -> Results:
         name = given.pop("denominator", "all")
         denominator = {"all": reference.ALL, "own": reference.OWN, "negatives": reference.NEGATIVES}[name]
     if given.pop("normalize", False):
-        query = reference.directions(query)
-        key = None if key is None else reference.directions(key)
-        if "extra_positive" in given:
-            given["extra_positive"] = reference.directions(given["extra_positive"])
+        query, key, given["extra_positive"] = (
+            None if x is None else reference.directions(x.to(accumulation(x.dtype)))  # not rounded to 16 bits again
+            for x in (query, key, given.get("extra_positive"))
+        )
     tail = given.pop("scale_by_temperature", False), given.pop("reduction", "mean")
     options = [given.pop(name, None) for name in OPTIONS]
     assert not given

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from contrastive_oracle import KERNEL
 from torch import Tensor
 
 import ltkernels.functional as LF
@@ -221,6 +222,35 @@ def test_what_looks_bad_and_is_not() -> None:
     assert LF.contrastive_loss(**PAIRS, allowed=torch.zeros(M, dtype=torch.bool)) == 0
     assert LF.contrastive_loss(**SIDES | {"labels": torch.full((M,), 10**9)}) == 0
     assert LF.contrastive_loss(**OWN, pair_margin=torch.zeros(10, 10)).isfinite()
+
+
+@pytest.mark.parametrize("how", ["compiled", "vmap"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"positive_index": spoiled(LF.view_pairs(M), 2, M)},
+        {"positive_index": spoiled(LF.view_pairs(M), 2, -1)},
+        {"positive_index": spoiled(LF.view_pairs(M), 2, 2)},
+        {"labels": spoiled(torch.arange(M) % 2, 2, -2)},
+        {"labels": spoiled(torch.arange(M) % 2, 2, 2), "pair_margin": torch.ones(2, 2)},
+    ],
+    ids=["beyond", "negative", "itself", "label", "label_without_margin"],
+)
+def test_what_no_check_sees_is_no_number(options: dict, how: str) -> None:
+    """Traced and batched values are not there to be read before the call: the kernel raises, the definition is NaN."""
+
+    def loss(query: Tensor) -> Tensor:
+        return LF.contrastive_loss(query, temperature=0.5, **options)
+
+    query = torch.randn(M, 3, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    torch.compiler.reset()
+    call = torch.compile(loss, backend="aot_eager") if how == "compiled" else lambda z: torch.vmap(loss)(z[None])[0]
+    try:
+        value = call(query)
+    except ValueError as error:
+        assert "expected" in str(error)
+        return
+    assert not KERNEL and value.isnan() and torch.autograd.grad(value, query)[0].isnan().any()
 
 
 @pytest.mark.skipif(os.environ.get("LTKERNELS_BACKEND") == "reference", reason="runs this file")

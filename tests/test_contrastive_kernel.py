@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from contrastive_oracle import DIFFERENTIABLE, STATS, Case, check
+from contrastive_oracle import DIFFERENTIABLE, STATS, Case, check, evaluate, public
 from contrastive_problems import COMPLETE, FEATURES, LOGSUMEXP_FEATURES, describe, make_case, moving_average, possible
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -115,15 +115,27 @@ def test_logits_far_from_zero(denominator: str, shift: float) -> None:
     assert got["logsumexp"].isfinite().all() and (got["logsumexp"] - shift).abs().max() < 20
 
 
+@pytest.mark.parametrize("normalize", [False, True], ids=["as_given", "normalize"])
 @pytest.mark.parametrize("keys", ["self", "more"])
-def test_similarities_are_not_rounded(keys: str) -> None:
+def test_similarities_are_not_rounded(keys: str, normalize: bool) -> None:
     """16-bit embeddings give the statistics of their values in float32: nothing in between is 16 bits."""
     for dtype in (torch.bfloat16, torch.float16):
-        features = COMPLETE | {"rows": 130, "width": 64, "keys": keys, "temperature": "small"}
+        features = COMPLETE | {"rows": 130, "width": 64, "keys": keys, "temperature": "small", "normalize": normalize}
         case = make_case(features | {"dtype": dtype, "grads": "none"})
         wide = Case({name: x.float() if name in ("query", "key") else x for name, x in case.arguments.items()})
         for name, x in check(case).items():
             torch.testing.assert_close(x, check(wide)[name], rtol=2e-5, atol=2e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_gradients_of_normalised_embeddings_are_rounded_once(dtype: torch.dtype) -> None:
+    """Those of 16-bit embeddings are those of their values in float32 to half a unit in the last place of each."""
+    case = make_case(COMPLETE | {"rows": 130, "width": 64, "temperature": "small", "normalize": True, "dtype": dtype})
+    wide = Case(case.arguments | {"query": case.arguments["query"].float()}, ("query",))
+    got, want = evaluate(public, Case(case.arguments, ("query",)))["dquery"], evaluate(public, wide)["dquery"]
+    assert got.dtype == dtype
+    smallest = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+    torch.testing.assert_close(got.float(), want, rtol=0.51 * torch.finfo(dtype).eps, atol=smallest)
 
 
 @pytest.mark.parametrize("dtype", FEATURES["dtype"], ids=str)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -209,6 +211,33 @@ def test_temperature_of_each_sample(layout: str) -> None:
     assert_same(lambda z: loss(z, every, LABELS), lambda z: supervised(z, LABELS, tau[:12], u[:12]), embeddings())
 
 
+@pytest.mark.parametrize("layout", ["stacked", "interleaved"])
+@pytest.mark.parametrize("views", [2, 3])
+def test_temperature_of_each_sample_with_views(views: int, layout: str) -> None:
+    """(N, V, D), whatever the layout of rows: one number for all views of a sample."""
+    tau, u = torch.linspace(0.1, 0.9, 12).double(), torch.linspace(2, 1, 12).double()
+    loss, index = lnn.TemperatureContrastiveLoss(tau, u, layout=layout), torch.tensor([7, 0, 11, 3])
+    flat = lambda x: torch.cat([x[:, v] for v in range(views)])  # noqa: E731
+    rows, z = index.repeat(views), embeddings(4 * views).view(4, views, 6)
+    alone, labels = torch.arange(4).repeat(views), torch.tensor([0, 1, 0, 2])
+    assert_same(lambda x: loss(x, index), lambda x: supervised(flat(x), alone, tau[rows], u[rows]), z)
+    expected = lambda x: supervised(flat(x), labels.repeat(views), tau[rows], u[rows])  # noqa: E731
+    assert_same(lambda x: loss(x, index, labels), expected, z)
+
+
+@pytest.mark.parametrize("layout", ["stacked", "interleaved"])
+def test_two_views_as_a_dimension(layout: str) -> None:
+    """(N, 2, D) is the same as the rows in the module's layout, state included."""
+    views, index = embeddings().view(6, 2, 6), torch.tensor([4, 0, 7, 3, 9, 1])
+    rows = lambda x: x.flatten(0, 1) if layout == "interleaved" else torch.cat([x[:, 0], x[:, 1]])  # noqa: E731
+    macl = lnn.MACLLoss(0.2, layout=layout)
+    assert_same(macl, lambda x: macl(rows(x)), views)
+    losses = [lnn.ISogCLRLoss(12, 0.3, layout=layout) for _ in range(2)]
+    for _ in range(2):
+        assert_same(lambda x: losses[0](x, index), lambda x: losses[1](rows(x), index), views)
+    assert torch.equal(losses[0].temperature, losses[1].temperature) and (losses[0].temperature[index] != 0.1).all()
+
+
 def test_set_temperature_and_weight() -> None:
     first, second = torch.full((12,), 0.5), torch.linspace(0.1, 0.6, 12)
     loss = lnn.TemperatureContrastiveLoss(first)
@@ -224,43 +253,6 @@ def test_set_temperature_and_weight() -> None:
         loss.set_temperature(index.float())
     with pytest.raises(ValueError, match=r"^sample_weight: expected shape \(12,\), got \(3,\)"):
         loss.set_sample_weight(torch.ones(3))
-
-
-def balanced(z: Tensor, labels: Tensor, prototypes: Tensor, tau: float, anchor: bool) -> Tensor:
-    """Equation of the paper, with class sets that hold a prototype each; ``anchor=False``: as in the authors' code."""
-    z, c = F.normalize(z, dim=1), F.normalize(prototypes, dim=1)
-    losses = []
-    for i, y in enumerate(labels.tolist()):
-        if y < 0:
-            continue
-        total = 0
-        for k in range(len(c)):
-            members = [j for j in range(len(z)) if labels[j] == k]
-            count = len(members) + 1 - (k == y and not anchor)
-            mass = sum(torch.exp(z[i] @ z[j] / tau) for j in members if j != i) + torch.exp(z[i] @ c[k] / tau)
-            total = total + mass / count
-        for j in range(len(z)):  # without a class: one of its own
-            if labels[j] < 0:
-                total = total + torch.exp(z[i] @ z[j] / tau)
-        terms = [z[i] @ z[j] / tau for j in range(len(z)) if j != i and labels[j] == y] + [z[i] @ c[y] / tau]
-        losses.append(mean([torch.log(total) - s for s in terms]))
-    return mean(losses)
-
-
-@pytest.mark.parametrize("anchor", [True, False])
-def test_balanced(anchor: bool) -> None:
-    loss, prototypes = lnn.BalancedContrastiveLoss(0.2, count_anchor=anchor), embeddings(6, seed=1)
-    assert_same(
-        lambda z, c: loss(z, LABELS, c), lambda z, c: balanced(z, LABELS, c, 0.2, anchor), embeddings(), prototypes
-    )
-    views, labels = embeddings().view(6, 2, 6), LABELS[:6]
-    flat = lambda x: torch.cat([x[:, 0], x[:, 1]])  # noqa: E731
-    assert_same(
-        lambda z, c: loss(z, labels, c),
-        lambda z, c: balanced(flat(z), labels.repeat(2), c, 0.2, anchor),
-        views,
-        prototypes,
-    )
 
 
 def test_macl() -> None:
@@ -444,3 +436,10 @@ def test_moco_with_a_queue_that_changes_before_backward() -> None:
         assert "inplace operation" in str(error)
     else:
         torch.testing.assert_close(gradient, expected)
+
+
+@pytest.mark.skipif(os.environ.get("LTKERNELS_BACKEND") == "reference", reason="runs these files")
+def test_the_definition_gives_the_same_losses(run_python: Callable[..., str]) -> None:
+    """The modules on the plain-torch backend, which serves the devices that no kernel is written for."""
+    files = [str(Path(__file__).with_name(name)) for name in (Path(__file__).name, "test_nn_balanced_contrastive.py")]
+    assert " passed" in run_python("-m", "pytest", "-q", *files, LTKERNELS_BACKEND="reference")

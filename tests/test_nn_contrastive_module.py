@@ -119,10 +119,12 @@ def test_half_keeps_the_state(name: str, dtype: torch.dtype) -> None:
 @every_loss
 def test_double(name: str) -> None:
     loss = make(name).double()
-    kept = torch.float32 if name == "moco" else torch.float64
+    kept = (
+        torch.float32 if name == "moco" else torch.float64
+    )  # a queue keeps its dtype, the loss is that of the queries
     assert {x.dtype for x in loss.buffers() if x.is_floating_point()} <= {kept}
     value, gradient = call(loss, name, torch.float64)
-    assert value.dtype == kept and gradient.dtype == torch.float64
+    assert value.dtype == gradient.dtype == torch.float64
     # float32 buffers went to float64 as they are
     torch.testing.assert_close(value.float(), call(make(name), name)[0], rtol=1e-4, atol=1e-5)
 
@@ -132,6 +134,23 @@ def test_moves_to_a_device(name: str) -> None:
     loss = make(name).to("meta")
     assert {x.device.type for x in loss.buffers()} <= {"meta"}
     assert loss.state_dict().keys() == make(name).state_dict().keys()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_queue_does_not_round_queries(dtype: torch.dtype) -> None:
+    """The loss is that of the queries and of what the queue holds, in float64 for float64 queries."""
+    loss = lnn.MoCoLoss(5, 10, temperature=0.1, dtype=dtype)
+    loss.enqueue(torch.randn(7, 5), torch.arange(7))
+    query, key = (torch.randn(8, 5, dtype=torch.float64).requires_grad_() for _ in range(2))
+    q, k, queue = nn.functional.normalize(query), nn.functional.normalize(key), loss.queue.double()
+    logits = torch.cat([(q * k).sum(1, keepdim=True), q @ queue.T], 1) / 0.1
+    want = nn.functional.cross_entropy(logits, torch.zeros(8, dtype=torch.int64))
+    got = loss(query, key)
+    gradients = [torch.autograd.grad(x, query)[0] for x in (got, want)]
+    torch.testing.assert_close([got, gradients[0]], [want, gradients[1]], rtol=1e-12, atol=1e-13)
+    single = loss(query.float(), key.float())
+    assert single.dtype == torch.float32
+    torch.testing.assert_close(single.double(), want, rtol=2e-6, atol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
@@ -147,7 +166,8 @@ def test_queue_of_another_dtype(dtype: torch.dtype) -> None:
     torch.testing.assert_close(one[1], other[1], rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("name", ["scheduled", "temperature", "isogclr", "moco"])  # those with a state
+# Those with a state, and those with more than a call of the function.
+@pytest.mark.parametrize("name", ["scheduled", "temperature", "isogclr", "moco", "balanced", "balanced code"])
 def test_compiles_without_graph_breaks(name: str) -> None:
     loss, eager = make(name), make(name)
     torch._dynamo.reset()
@@ -261,7 +281,10 @@ BAD_ARGUMENTS: list[tuple[Callable[[], object], type[Exception], str]] = [
     (lambda: lnn.BalancedContrastiveLoss()(Z, LABELS, Z[:, 1:]), ValueError, r"^prototypes: expected shape \(C, 5\)"),
     (lambda: lnn.BalancedContrastiveLoss()(Z, LABELS, Z.half()), TypeError, "^prototypes: expected dtype"),
     (lambda: lnn.MACLLoss()(Z, LABELS + 8), ValueError, "^positive_index: expected keys from 0 to 7, got 8"),
-    (lambda: lnn.MACLLoss()(Z[None]), ValueError, r"^embeddings: expected shape \(M, D\), got \(1, 8, 5\)"),
+    (lambda: lnn.MACLLoss()(Z[None]), ValueError, r"^embeddings: expected shape \(M, D\) or \(N, 2, D\), got \(1, 8"),
+    (lambda: lnn.MACLLoss()(Z[:, None], LABELS), ValueError, "^positive_index: expected None with embeddings"),
+    (lambda: lnn.ISogCLRLoss(12, 0.3)(Z[None], LABELS[:1]), ValueError, r"^embeddings: expected shape \(M, D\) or"),
+    (lambda: lnn.TemperatureContrastiveLoss(TAU)(Z[None], LABELS), ValueError, r"^index: expected shape \(1,\), got"),
     (lambda: lnn.ISogCLRLoss(12, 0.3)(Z, LABELS), ValueError, r"^index: expected shape \(4,\), one number for both"),
     (lambda: lnn.ISogCLRLoss(5, 0.3)(Z, INDEX), ValueError, "^index: expected samples from 0 to 4, got 5"),
     (lambda: lnn.ISogCLRLoss(5, 0.3)(Z[:2], INDEX[:1]), ValueError, "^embeddings: expected two views of at least two"),

@@ -324,7 +324,7 @@ class ContrastiveTiles {
     }
   }
 
-  // A block of the rows of a matrix, and a tile, as tensors. cpublas, which would do without, is not exported by torch.
+  // A block of the rows of a matrix, and a tile, as tensors. Of cpublas, torch exports brgemm and pack, but not gemm.
   at::Tensor rows_of(const A* matrix, int64_t block, int64_t rows) const {
     return at::from_blob(const_cast<A*>(matrix) + block * block_ * width_, {size(block, rows), width_}, type());
   }

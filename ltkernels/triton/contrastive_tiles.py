@@ -27,9 +27,7 @@ RUNTIME_ARGUMENTS = ("n_rows", "n_keys", "n_labels", "allowed_stride", "per_part
 
 
 @triton.jit
-def _vectors(
-    ptr, index, n, stride, start, width, DEPTH: tl.constexpr, UPCAST: tl.constexpr
-):  # fmt: skip
+def _vectors(ptr, index, n, stride, start, width, DEPTH: tl.constexpr, UPCAST: tl.constexpr):
     """(BLOCK, DEPTH) from the rows `index` of a (n, width) matrix; zeros beyond it."""
     columns = start + tl.arange(0, DEPTH)
     inside = (index < n)[:, None] & (columns < width)[None, :]
@@ -77,6 +75,28 @@ def _row_values(
         tl.expand_dims(label, AXIS),
         tl.expand_dims(positive, AXIS),
     )
+
+
+@triton.jit
+def _refused(label, n_labels, OPTIONS: tl.constexpr, MARGIN: tl.constexpr = MARGIN):
+    """Labels that a call on a CPU refuses by an error."""
+    return (label < -1) | (label >= n_labels) if OPTIONS & MARGIN else label < -1
+
+
+@triton.jit
+def _poison(
+    row, n_keys, n_labels, OPTIONS: tl.constexpr, NEEDS_LABEL: tl.constexpr = LABELS | MARGIN,
+    INDEX: tl.constexpr = INDEX, SELF: tl.constexpr = SELF,
+):  # fmt: skip
+    """NaN for rows whose label or positive makes no sense, as for temperatures; 0 for others."""
+    rows, slope, label, positive = row
+    refused = rows < 0
+    if OPTIONS & NEEDS_LABEL:
+        refused = _refused(label, n_labels, OPTIONS)
+    if OPTIONS & INDEX:
+        own = (positive == rows) if OPTIONS & SELF else refused
+        refused = (positive < 0) | (positive >= n_keys) | own
+    return tl.sum(tl.where(refused, float("nan"), tl.zeros_like(slope)), axis=1)
 
 
 @triton.jit
@@ -195,6 +215,7 @@ def _statistics(
     UPCAST: tl.constexpr,
     POSITIVES: tl.constexpr = LABELS | INDEX,
     NO_POSITIVES: tl.constexpr = OTHER_LABEL | SAME_LABEL,
+    CHECKED: tl.constexpr = LABELS | MARGIN,
 ):
     HAS_POSITIVES: tl.constexpr = (OPTIONS & POSITIVES) != 0 and (OPTIONS & NO_POSITIVES) == 0
     ACC: tl.constexpr = out_ptr.dtype.element_ty
@@ -221,6 +242,8 @@ def _statistics(
         )  # fmt: skip
         key = _key_values(p, keys, n_keys, 0, OPTIONS)
         logits, same = _logits(p, x, row, key, shape, OPTIONS)
+        if OPTIONS & CHECKED:
+            logits += tl.where(_refused(key[1], n_labels, OPTIONS), float("nan"), 0.0)
         new_top = tl.maximum(top, tl.max(logits, axis=1))
         shift = tl.where(new_top == float("-inf"), 0.0, new_top)  # against inf - inf while nothing is there
         e = tl.exp(logits - shift[:, None])
@@ -236,9 +259,11 @@ def _statistics(
     inside = rows < n_rows
     plane = tl.num_programs(1).to(tl.int64) * n_rows
     out = out_ptr + tl.program_id(1).to(tl.int64) * n_rows + rows
-    lse = tl.where(top == float("-inf"), 0.0, top) + tl.log(mass)
+    poison = _poison(row, n_keys, n_labels, OPTIONS)
+    lse = tl.where(top == float("-inf"), 0.0, top) + tl.log(mass) + poison
     tl.store(out, lse, mask=inside)
     if HAS_POSITIVES:
+        count = tl.where(poison == poison, count, tl.maximum(count, 1.0))  # or the row would be left out of the loss
         tl.store(out + plane, total, mask=inside)
         tl.store(out + 2 * plane, count, mask=inside)
     if EXPECTED:
@@ -260,10 +285,10 @@ def _own_terms(
     end = tl.minimum(begin + per_part, n_keys)
     row = _row_values(p, rows, n_rows, 1, OPTIONS)
     q = _vectors(p.query, rows, n_rows, query_stride, 0, width, DEPTH, UPCAST)
-    lse = tl.load(lse_ptr + rows, mask=rows < n_rows, other=0.0)[:, None]
-
-    loss = tl.zeros([ROWS], ACC)
-    slope = tl.zeros([ROWS], ACC)
+    lse = tl.load(lse_ptr + rows, mask=rows < n_rows, other=0.0)
+    loss = tl.where(lse == lse, 0.0, lse)  # NaN, even if no key is found to be a positive
+    slope = loss
+    lse = lse[:, None]
     for start in range(begin, end, KEYS):
         keys = start + tl.arange(0, KEYS)
         k = q

@@ -108,12 +108,47 @@ def call(rows: int = 700, width: int = 96) -> Callable[[], tuple[Tensor, ...]]:
     return step
 
 
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_what_a_cpu_refuses_is_nan(compiled: bool) -> None:
+    """Loss and gradient, without a read of the values: no row looks as if it had no positive, or another label."""
+    query = embeddings(300, 64).to(CUDA).requires_grad_()
+    pairs, labels = LF.view_pairs(300, device=CUDA), torch.arange(300, device=CUDA) % 7
+    for change, value in (("positive_index", 300), ("positive_index", -1), ("positive_index", 5), ("labels", -2)):
+        options = {change: (pairs if change == "positive_index" else labels).clone()}
+        options[change][5] = value
+
+        def loss(query: Tensor, options: dict = options) -> Tensor:
+            return LF.contrastive_loss(query, temperature=0.1, normalize=True, **options)
+
+        found = (torch.compile(loss, fullgraph=True) if compiled else loss)(query)
+        assert found.isnan() and torch.autograd.grad(found, query)[0].isnan().any(), (change, value)
+    margin = torch.zeros(6, 6, device=CUDA)  # label 6 has none
+    assert LF.contrastive_loss(query, temperature=0.1, labels=labels, pair_margin=margin).isnan()
+
+
 def test_same_bits_every_time() -> None:
     check_same_bits_every_time(call())
 
 
+def balanced() -> Callable[[], tuple[Tensor, ...]]:
+    """The module that sums the rows of each class besides."""
+    z, prototypes = embeddings(700, 96).to(CUDA).requires_grad_(), embeddings(7, 96, 3).to(CUDA).requires_grad_()
+    loss, labels = lnn.BalancedContrastiveLoss(count_anchor=False), torch.arange(700, device=CUDA) % 7
+
+    def step() -> tuple[Tensor, ...]:
+        value = loss(z, labels, prototypes)
+        return value, *torch.autograd.grad(value, (z, prototypes))
+
+    return step
+
+
+def test_balanced_loss_has_the_same_bits_every_time() -> None:
+    check_same_bits_every_time(balanced())
+
+
 def test_no_synchronisation() -> None:
     check_no_synchronisation(call())
+    check_no_synchronisation(balanced())
 
 
 def test_cuda_graph() -> None:

@@ -379,6 +379,51 @@ def a_bad_temperature_stays_in_its_row() -> None:
                 assert got[name][2].isnan() and got[name][others].isfinite().all(), (denominator, value, name)
 
 
+def poisoned(call: dict, row: int | None) -> None:
+    """Loss and gradients are NaN in the row, or in all rows for None; others lose nothing. A mean is NaN."""
+    rows, every = call["query"].shape[0], row is None
+    got, names = forward(call, 0), ("query", "temperature")
+    want = torch.full((rows,), every) if every else torch.arange(rows) == row
+    assert torch.equal(got["loss"].isnan(), want), (row, got["loss"])
+    assert torch.equal(got["loss"].isnan(), definition(call, None)["loss"].isnan())
+    for name, x in backward(call, torch.ones(rows), wanted(call, names)).items():
+        assert name not in ("dtemperature", "dquery") or x[want].isnan().all(), (row, name, x)
+        assert name != "dtemperature" or x[~want].isfinite().all(), (row, name, x)
+    if call["denominator"] < LOGSUMEXP:
+        for mean in (forward(call | {"reduction": 1}, wanted(call, names)), definition(call | {"reduction": 1}, None)):
+            assert mean["loss"].isnan() and all(mean[f"d{name}"].isnan().any() for name in names), mean
+
+
+@case
+def a_positive_that_is_no_key_gives_nan() -> None:
+    """What a CPU has an error for: no row may look as if it had no positive."""
+    for denominator in (ALL, OWN, NEGATIVES):
+        for keys in (None, 21):
+            for bad in (21, 2**40, -1, -(2**40)) if keys else (9, 2**40, -1, 2):
+                call = example(9, keys, denominator=denominator, reduction=0, positive_index=OPTIONS["positive_index"])
+                call["positive_index"][2] = bad
+                poisoned(call, 2)
+    poisoned(call | {"extra_positive": call["query"].flip(0)}, 2)
+
+
+@case
+def a_label_that_is_none_gives_nan() -> None:
+    """Below -1, or beyond the margins by pair: in its row, and for a key in every row."""
+    for denominator in DENOMINATORS:
+        if denominator == LOGSUMEXP:
+            continue
+        for bad, options in ((-2, {}), (3, {"pair_margin": OPTIONS["pair_margin"]}), (-(2**40), {"key_bias": None})):
+            labels, key_labels = torch.arange(9) % 3, torch.arange(21) % 3
+            options = options | {"denominator": denominator, "reduction": 0, "labels": labels}
+            labels[2] = bad
+            poisoned(example(9, 21, **options, key_labels=key_labels), 2)
+            poisoned(example(9, **options), None)
+            labels[2], key_labels[20] = 2, bad
+            poisoned(example(9, 21, **options, key_labels=key_labels), None)
+    labels, key_labels = torch.tensor([0, -2]), torch.arange(290) % 3  # in several parts of the keys
+    poisoned(example(2, 290, 5, denominator=OWN, reduction=0, labels=labels, key_labels=key_labels), 1)
+
+
 @case
 def the_same_input_gives_the_same_bits() -> None:
     call = example(33, 70, 9, key_bias=OPTIONS["key_bias"], pair_margin=OPTIONS["pair_margin"])
