@@ -74,7 +74,9 @@ def linear_margin_softmax(
         _check_classifier(input, linear_weight, linear_bias, cosine)
         logits = reference.linear_logits(input, linear_weight, linear_bias, cosine)
         _ops.margin_softmax_check(logits, *options, reduction_code, ignore_index, label_smoothing)
-        check_values(logits, target, logit_scale, logit_bias, target_margin, pairwise_margin, row_class, ignore_index)
+        check_values(
+            logits, target, logit_scale, logit_bias, target_margin, pairwise_margin, mask, row_class, ignore_index
+        )
         loss, lse = reference.margin_softmax(logits, *options, reduction, ignore_index, label_smoothing)
         with torch.no_grad():
             row_loss, _ = reference.margin_softmax(logits, *options, "none", ignore_index, label_smoothing)

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from ltkernels import _ops, reference
-from ltkernels._checks import has_no_values
+from ltkernels._checks import values_of
 
 REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
 
@@ -54,7 +54,7 @@ def margin_softmax(
                 row_class, neighbor_offsets, neighbor_classes, scale, neighbor_weight, back_from,
             )  # fmt: skip
             _ops.margin_softmax_check(*arguments, reduction_code, ignore_index, label_smoothing)
-            check_values(*arguments[:2], *arguments[3:7], row_class, ignore_index)
+            check_values(*arguments[:2], *arguments[3:8], row_class, ignore_index)
             loss, lse = reference.margin_softmax(*arguments, reduction, ignore_index, label_smoothing)
     except RuntimeError:
         # The dispatcher's answer to a wrong Python type; checked after the fact, as it would cost every call.
@@ -98,38 +98,53 @@ def check_values(
     logit_bias: Tensor | None,
     target_margin: Tensor | None,
     pairwise_margin: Tensor | None,
+    mask: Tensor | None,
     row_class: Tensor | None,
     ignore_index: int,
 ) -> None:
     """What the CPU kernel says about values that make no sense; elsewhere reading them would synchronise."""
-    if input.device.type != "cpu" or is_compiling() or type(target) is not Tensor:
+    if input.device.type != "cpu" or is_compiling():
         return
-    if not target.is_floating_point():
-        index, classes = target.long(), input.shape[1]
-        bad = ((index < 0) | (index >= classes)) & (index != ignore_index)
-        if bad.any():
-            row = int(bad.nonzero()[0])
-            raise IndexError(
-                f"target: expected class indices in [0, {classes}) or ignore_index={ignore_index}, "
-                f"got {int(index[row])} at row {row}"
-            )
+    index = None if target.is_floating_point() else target.long()
+    if index is not None:
+        _check_classes("target", index, input.shape[1], ignore_index)
     if row_class is not None:
-        bad = (row_class < 0) | (row_class >= input.shape[1])
-        if bad.any():
-            row = int(bad.nonzero()[0])
-            raise IndexError(
-                f"row_class: expected class indices in [0, {input.shape[1]}), got {int(row_class[row])} at row {row}"
-            )
-    vectors = {"logit_bias": logit_bias, "logit_scale": logit_scale, "target_margin": target_margin}
-    for name, x in (vectors | {"pairwise_margin": pairwise_margin}).items():
-        if x is None:
-            continue
-        allowed = x.isfinite()
-        if name in ("logit_bias", "pairwise_margin"):
-            allowed |= x == -torch.inf
-        if not allowed.all():
-            index = int((~allowed).flatten().nonzero()[0])
-            raise ValueError(f"{name}: expected finite values, got {x.flatten()[index].item():g} at index {index}")
+        _check_classes("row_class", row_class, input.shape[1])
+    for name, x in (("logit_bias", logit_bias), ("logit_scale", logit_scale), ("target_margin", target_margin)):
+        _check_finite(name, x, minus_infinity_allowed=name == "logit_bias")
+    if pairwise_margin is not None and index is not None:
+        # As the kernel: what no sample uses may hold anything.
+        kept = index != ignore_index
+        used = pairwise_margin[torch.where(kept, index, 0)]
+        kept = kept[:, None] if mask is None else kept[:, None] & mask
+        _check_finite("pairwise_margin", torch.where(kept, used, 0.0), minus_infinity_allowed=True)
+
+
+def _check_finite(name: str, x: Tensor | None, minus_infinity_allowed: bool) -> None:
+    values = values_of(x)
+    if values is None:
+        return
+    allowed = values.isfinite()
+    if minus_infinity_allowed:
+        allowed |= values == -torch.inf
+    if not allowed.all():
+        index = int((~allowed).flatten().nonzero()[0])
+        at = f" at index {index}" if values.dim() < 2 else ""
+        raise ValueError(f"{name}: expected finite values, got {values.flatten()[index].item():g}{at}")
+
+
+def _check_classes(name: str, x: Tensor, classes: int, ignore_index: int | None = None) -> None:
+    values = values_of(x)
+    if values is None:
+        return
+    bad = (values < 0) | (values >= classes)
+    if ignore_index is not None:
+        bad &= values != ignore_index
+    if bad.any():
+        row = bad.nonzero()[0].tolist()
+        expected = f"[0, {classes})" + ("" if ignore_index is None else f" or ignore_index={ignore_index}")
+        at = row[0] if len(row) == 1 else row
+        raise IndexError(f"{name}: expected class indices in {expected}, got {int(values[tuple(row)])} at row {at}")
 
 
 def fold_scale(
@@ -147,11 +162,16 @@ def fold_scale(
             raise TypeError(f"{name}: expected a Tensor or None, got {type(x).__name__}")
         if x is not None and not x.is_floating_point():
             raise TypeError(f"{name}: expected a floating dtype, got {x.dtype}")
-    if scale.is_cpu and not is_compiling() and not has_no_values(scale) and not torch.isfinite(scale):
-        raise ValueError(f"scale: expected finite values, got {scale.item():g}")
     # In the precision of the kernels: torch would give the product with 16-bit vectors 16 bits.
     acc = torch.float64 if input.dtype == torch.float64 else torch.float32
     scale = scale.to(acc)
+    values = values_of(scale) if scale.is_cpu and not is_compiling() else None
+    if values is None:
+        scale = torch.where(scale > 0, scale, torch.nan)  # nothing to read without a synchronisation, or at all
+    else:
+        bad = values[~((values > 0) & (values < torch.inf))]
+        if bad.numel() > 0:
+            raise ValueError(f"scale: expected finite values above 0 in {acc}, got {bad[0].item():g}")
     folded_scale = scale if logit_scale is None else scale * logit_scale.to(acc)
     return folded_scale, None if target_margin is None else scale * target_margin.to(acc)
 

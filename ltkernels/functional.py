@@ -1,7 +1,9 @@
 """Public functions. ``import ltkernels.functional as LF``.
 
-Each function documents its formula, prepares shapes, and makes one call into an operator. Values, shapes and
-devices are checked inside the operator, so that every backend answers bad input with the same errors.
+Each function documents its formula, prepares shapes, and makes one call into an operator. Every backend answers a
+wrong type, dtype, shape, layout or device with the same errors. Values are read, and those that make no sense are
+errors, where that needs no synchronisation; elsewhere they give NaN. Of ``pairwise_margin``, only the values that a
+sample uses are looked at.
 """
 
 from __future__ import annotations

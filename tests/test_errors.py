@@ -14,7 +14,6 @@ from oracle import same_bits
 from torch import Tensor
 
 import ltkernels.functional as LF
-from ltkernels import _ops
 
 N, C = 4, 7
 NAN, INF = math.nan, math.inf
@@ -242,7 +241,21 @@ def test_ignored_and_removed_values_are_not_errors() -> None:
     assert LF.margin_cross_entropy(LOGITS, TARGET, sample_weight=torch.zeros(N), reduction="sum") == 0
 
 
-@pytest.mark.skipif(_ops.BACKEND == "reference", reason="vmap is for kernels")
+def test_pairwise_margins_that_no_sample_uses_may_hold_anything() -> None:
+    """C x C values are too many to check at each call, so no backend does: classes 4 to 6 have no sample here."""
+    target = torch.tensor([0, 1, -100, 3])  # class 2 has an ignored one only
+    pairwise = torch.randn(C, C, generator=torch.Generator().manual_seed(1))
+    want = LF.margin_cross_entropy(LOGITS, target, pairwise_margin=pairwise)
+    pairwise[4:], pairwise[2] = NAN, INF
+    got = LF.margin_cross_entropy(LOGITS, target, pairwise_margin=pairwise)
+    torch.testing.assert_close(got, want, rtol=0, atol=0)
+    pairwise[3, 5] = NAN
+    with pytest.raises(ValueError, match="pairwise_margin: expected finite values, got (nan|inf)"):
+        LF.margin_cross_entropy(LOGITS, target, pairwise_margin=pairwise)
+    mask = torch.arange(C) != 5
+    assert LF.margin_cross_entropy(LOGITS, target, pairwise_margin=pairwise, mask=mask).isfinite()
+
+
 @pytest.mark.parametrize(
     "options", [{}, {"weight": torch.ones(C)}, {"reduction": "sum"}], ids=["plain", "weight", "sum"]
 )
