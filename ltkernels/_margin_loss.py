@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import ltkernels.functional as LF
 from ltkernels import margins as M
 from ltkernels._checks import number
-from ltkernels._rows import REDUCTIONS
+from ltkernels._rows import REDUCTIONS, check_ignore_index
 
 
 class LossOptions(TypedDict, total=False):
@@ -89,6 +89,7 @@ class MarginCrossEntropyLoss(nn.Module):
         if not isinstance(reduction, str) or reduction not in REDUCTIONS:
             raise ValueError(f"reduction: expected 'none', 'mean' or 'sum', got {reduction!r}")
         self.reduction = reduction
+        check_ignore_index(ignore_index)
         self.ignore_index = ignore_index
         self.label_smoothing = number("label_smoothing", label_smoothing, "in [0, 1]")
 

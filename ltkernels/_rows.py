@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from numbers import Integral, Real
+from numbers import Integral, Rational, Real
 
 import torch
 from torch import Tensor
@@ -26,6 +26,8 @@ def margin_softmax(
     if not isinstance(input, Tensor) or not isinstance(target, Tensor):
         name, value = ("target", target) if isinstance(input, Tensor) else ("input", input)
         raise TypeError(f"{name}: expected a Tensor, got {type(value).__name__}")
+    if not isinstance(return_lse, bool):
+        raise TypeError(f"return_lse: expected a bool, got {type(return_lse).__name__}")
     if isinstance(scale, Tensor):
         logit_scale, target_margin = fold_scale(scale, logit_scale, target_margin, input)
         scale = 1.0
@@ -36,6 +38,7 @@ def margin_softmax(
 
     shape = None
     if input.dim() != 2:
+        check_layouts(input=input, target=target)
         check_types(weight, logit_scale, logit_bias, target_margin, pairwise_margin, mask, sample_weight, row_class)
         shape = (*input.shape[:1], *input.shape[2:]) if input.dim() > 1 else ()
         input, target, mask, sample_weight, row_class = _as_rows(input, target, mask, sample_weight, row_class)
@@ -58,6 +61,7 @@ def margin_softmax(
             loss, lse = reference.margin_softmax(*arguments, reduction, ignore_index, label_smoothing)
     except RuntimeError:
         # The dispatcher's answer to a wrong Python type; checked after the fact, as it would cost every call.
+        check_layouts(input=input, target=target)
         check_types(weight, logit_scale, logit_bias, target_margin, pairwise_margin, mask, sample_weight, row_class)
         check_numbers(scale, neighbor_weight, ignore_index, label_smoothing)
         raise
@@ -78,17 +82,36 @@ def check_types(*optional) -> None:
     for name, x in zip(_OPTIONAL, optional, strict=True):
         if x is not None and not isinstance(x, Tensor):
             raise TypeError(f"{name}: expected a Tensor or None, got {type(x).__name__}")
+    check_layouts(**dict(zip(_OPTIONAL, optional, strict=True)))
+
+
+def check_layouts(**tensors: Tensor | None) -> None:
+    """What the operator says about layouts, for tensors that are reshaped first or that it is not reached with."""
+    for name, x in tensors.items():
+        if x is not None and (x.layout is not torch.strided or x.is_nested):
+            found = "a nested tensor" if x.is_nested else f"layout {x.layout}"
+            raise TypeError(f"{name}: expected a dense tensor (torch.strided), got {found}")
 
 
 def check_numbers(scale, neighbor_weight, ignore_index, label_smoothing) -> None:
-    if not isinstance(scale, Real):
-        raise TypeError(f"scale: expected a number or a 0-d Tensor, got {type(scale).__name__}")
-    if not isinstance(neighbor_weight, Real):
-        raise TypeError(f"neighbor_weight: expected a number, got {type(neighbor_weight).__name__}")
+    _check_real("scale", scale, "a number or a 0-d Tensor")
+    _check_real("neighbor_weight", neighbor_weight, "a number")
+    check_ignore_index(ignore_index)
+    _check_real("label_smoothing", label_smoothing, "a number")
+
+
+def check_ignore_index(ignore_index: int) -> None:
     if not isinstance(ignore_index, Integral):
         raise TypeError(f"ignore_index: expected an int, got {type(ignore_index).__name__}")
-    if not isinstance(label_smoothing, Real):
-        raise TypeError(f"label_smoothing: expected a number, got {type(label_smoothing).__name__}")
+    if not -(2**63) <= ignore_index < 2**63:
+        raise ValueError(f"ignore_index: expected an int of 64 bits, got one of {int(ignore_index).bit_length() + 1}")
+
+
+def _check_real(name: str, x: float, expected: str) -> None:
+    if not isinstance(x, Real):
+        raise TypeError(f"{name}: expected {expected}, got {type(x).__name__}")
+    if isinstance(x, Rational) and not -(2**1023) < x < 2**1023:
+        raise ValueError(f"{name}: expected a finite number, got one too large for float64")
 
 
 def check_values(
@@ -151,6 +174,7 @@ def fold_scale(
     scale: Tensor, logit_scale: Tensor | None, target_margin: Tensor | None, input: Tensor
 ) -> tuple[Tensor, Tensor | None]:
     """A tensor scale is (s * a, s * m) with s = 1, in differentiable torch."""
+    check_layouts(scale=scale)
     if scale.device != input.device:
         raise ValueError(f"scale: expected a tensor on {input.device} like input, got one on {scale.device}")
     if scale.dim() != 0 or not scale.is_floating_point():
@@ -171,7 +195,8 @@ def fold_scale(
     else:
         bad = values[~((values > 0) & (values < torch.inf))]
         if bad.numel() > 0:
-            raise ValueError(f"scale: expected finite values above 0 in {acc}, got {bad[0].item():g}")
+            expected = f"values above 0 in {acc}" if bad[0].isfinite() else "finite values"
+            raise ValueError(f"scale: expected {expected}, got {bad[0].item():g}")
     folded_scale = scale if logit_scale is None else scale * logit_scale.to(acc)
     return folded_scale, None if target_margin is None else scale * target_margin.to(acc)
 
@@ -183,6 +208,8 @@ def _as_rows(
     if input.dim() == 0:
         raise ValueError("input: expected logits of shape (C,), (N, C) or (N, C, d1, ...), got a 0-d tensor")
     classes = input.shape[0] if input.dim() == 1 else input.shape[1]
+    if classes == 0:
+        raise ValueError(f"input: expected at least one class, got shape {tuple(input.shape)}")
     samples = () if input.dim() == 1 else (input.shape[0], *input.shape[2:])
 
     def rows_of_classes(x: Tensor) -> Tensor:

@@ -89,7 +89,8 @@ def margin_cross_entropy(
         target_margin: ``(C,)`` margin taken off the target's logit before scaling.
         pairwise_margin: ``(C, C)``; row ``y`` is added to the adjusted logits of samples of class ``y``. Class
             indices only.
-        scale: Positive number, or 0-d tensor if it is learned (its sign is not checked).
+        scale: Number above 0, also once rounded to the dtype of the loss, or 0-d tensor if it is learned. A tensor of
+            another value gives ``NaN`` where reading it would synchronise.
         mask: Boolean ``(C,)``, ``(N, C)`` or the shape of ``input``; ``False`` removes a class: probability and
             gradient exactly 0. A removed target gives ``+inf``, a row with no class left ``NaN``.
         sample_weight: ``()``, ``(N,)`` or ``(N, d1, ...)`` weight of each sample.
@@ -109,7 +110,7 @@ def margin_cross_entropy(
 
     Raises:
         ValueError: wrong shapes, devices, values, an unknown ``reduction``, probabilities with ``pairwise_margin``.
-        TypeError: wrong dtypes.
+        TypeError: wrong types or dtypes, tensors that are sparse or nested.
         IndexError: a class index out of range (on a GPU such a row is ``NaN``: checking would synchronise).
 
     Example::
