@@ -72,11 +72,12 @@ def margin_cross_entropy(
         t'_{ij} &= u_i w_j \bigl((1 - \epsilon)\, t_{ij} + \epsilon / |\mathrm{allowed}_i|\bigr) \\
         \ell_i &= \sum_j t'_{ij} \log\sum_k e^{v_{ik}} - \sum_j t'_{ij} v_{ij}
 
-    Without margins this is :func:`torch.nn.functional.cross_entropy`, with two differences: 16-bit logits give a
-    float32 loss, and bad input raises ``ValueError``, ``TypeError`` or ``IndexError``. The constructors in
-    :mod:`ltkernels.margins` give the arguments of the published losses: logit adjustment (Menon et al.,
-    arXiv:2007.07314), balanced softmax (Ren et al., arXiv:2007.10740), LDAM (Cao et al., arXiv:1906.07413),
-    CDT (Ye et al., arXiv:2001.01385), VS (Kini et al., arXiv:2103.01550), CosFace (Wang et al., arXiv:1801.09414).
+    Without margins this is :func:`torch.nn.functional.cross_entropy`; 16-bit logits give a float32 loss, bad input
+    raises ``ValueError``, ``TypeError`` or ``IndexError``, and ``docs/differs-from-torch.md`` lists every other
+    difference. The constructors in :mod:`ltkernels.margins` give the arguments of the published losses:
+    logit adjustment (Menon et al., arXiv:2007.07314), balanced softmax (Ren et al., arXiv:2007.10740),
+    LDAM (Cao et al., arXiv:1906.07413), CDT (Ye et al., arXiv:2001.01385), VS (Kini et al., arXiv:2103.01550),
+    CosFace (Wang et al., arXiv:1801.09414).
 
     Args:
         input: Logits, ``(C,)``, ``(N, C)`` or ``(N, C, d1, ...)``; float16, bfloat16, float32 or float64. Never
