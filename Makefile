@@ -22,13 +22,17 @@ endif
 endif
 endif
 
-.PHONY: train test setup build lint format benchmark report sanitize gpu gpu-pack dist clean
+.PHONY: train test test-dist setup build lint format benchmark report sanitize gpu gpu-pack dist clean
 
 train: setup
 	$(BIN)/ltkernels train digits
 
 test: setup
 	$(BIN)/python -m pytest
+
+# The source archive, and a wheel that is built from it, installed and used elsewhere: compiles the extension.
+test-dist: setup
+	$(BIN)/python -m pytest -m distribution tests/test_distribution.py
 
 setup: $(READY)
 
