@@ -69,7 +69,11 @@ def check_margin_tensor(name: str, tensor: Tensor, classes: int | None) -> None:
     if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
         raise TypeError(f"{name}: expected a floating Tensor, got {kind_of(tensor)}")
     classes = classes or None  # no class at all agrees with no shape
-    shapes_of = {"scale": [()], "logit_scale": [(classes,), ()], "pairwise_margin": [(classes, classes)]}
+    vector = [(classes,), ()]
+    shapes_of = {
+        **{"scale": [()], "logit_scale": vector, "target_margin": vector},
+        "pairwise_margin": [(classes, classes)],
+    }
     shapes = shapes_of.get(name, [(classes,)])
     if tensor.shape not in shapes:
         expected = " or ".join(map(str, shapes)).replace("None", "C")

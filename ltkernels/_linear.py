@@ -17,6 +17,7 @@ from ltkernels._rows import (
     check_values,
     each_sample,
     fold_scale,
+    margin_of_each_class,
 )
 
 _ALL = 2**62  # rows or classes; a number of them as an argument of the operator would be traced as a constant
@@ -58,6 +59,7 @@ def linear_margin_softmax(
     if isinstance(scale, Tensor):
         logit_scale, target_margin = fold_scale(scale, logit_scale, target_margin, input)
         scale = 1.0
+    target_margin = margin_of_each_class(target_margin, linear_weight.shape[0])
     check_numbers(scale, neighbor_weight, ignore_index, label_smoothing)
     input, linear_weight = _autocast(input), _autocast(linear_weight)
 

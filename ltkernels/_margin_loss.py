@@ -29,7 +29,7 @@ class MarginCrossEntropyLoss(nn.Module):
     .. math:: v_{ij} = s\,(a_j f_{ij} - m_j t_{ij}) + b_j + \Delta_{y_i j}
 
     Args:
-        margins: Margins of a method, e.g. ``ltkernels.margins.cosface(0.35, 64.0, num_classes=100)``.
+        margins: Margins of a method, e.g. ``ltkernels.margins.cosface(0.35, 64.0)``.
         logit_scale, logit_bias, target_margin, pairwise_margin, scale: The same as single arguments; they may add to
             ``margins`` but not repeat it. A learned scale is ``scale=nn.Parameter(torch.tensor(30.0))``.
         weight: (C,) class weights, or a :class:`ltkernels.margins.DeferredReweighting`.

@@ -32,6 +32,9 @@ def margin_softmax(
         logit_scale, target_margin = fold_scale(scale, logit_scale, target_margin, input)
         scale = 1.0
 
+    if target_margin is not None and input.dim() > 0:
+        target_margin = margin_of_each_class(target_margin, input.shape[0 if input.dim() == 1 else 1])
+
     if isinstance(neighbor_weight, Tensor) or isinstance(label_smoothing, Tensor):
         # The dispatcher would take a 0-d tensor for a number, and its gradient would be lost.
         check_numbers(scale, neighbor_weight, ignore_index, label_smoothing)
@@ -199,6 +202,14 @@ def fold_scale(
             raise ValueError(f"scale: expected {expected}, got {bad[0].item():g}")
     folded_scale = scale if logit_scale is None else scale * logit_scale.to(acc)
     return folded_scale, None if target_margin is None else scale * target_margin.to(acc)
+
+
+def margin_of_each_class(target_margin: Tensor, classes: int) -> Tensor:
+    """(C,) of one margin for all classes; anything else as it is, for the operator to check."""
+    if not isinstance(target_margin, Tensor) or target_margin.dim() != 0:
+        return target_margin
+    check_layouts(target_margin=target_margin)
+    return target_margin.expand(classes)
 
 
 def _as_rows(

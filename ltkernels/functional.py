@@ -87,7 +87,7 @@ def margin_cross_entropy(
         weight: ``(C,)`` class weights; no gradient flows to them.
         logit_scale: ``(C,)`` or 0-d multiplicative scale of each logit.
         logit_bias: ``(C,)`` additive adjustment of each logit, not multiplied by ``scale``.
-        target_margin: ``(C,)`` margin taken off the target's logit before scaling.
+        target_margin: ``(C,)`` or 0-d margin taken off the target's logit before scaling.
         pairwise_margin: ``(C, C)``; row ``y`` is added to the adjusted logits of samples of class ``y``. Class
             indices only.
         scale: Number above 0, also once rounded to the dtype of the loss, or 0-d tensor if it is learned. A tensor of

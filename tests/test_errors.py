@@ -58,6 +58,7 @@ VALUES = [
         if (name, value) != ("logit_bias", -INF)  # a class removed for all rows
     ),
     Bad({"logit_scale": torch.tensor(NAN)}, ValueError, ("logit_scale", "expected finite values", "got nan")),
+    Bad({"target_margin": torch.tensor(NAN)}, ValueError, ("target_margin", "expected finite values", "got nan")),
     Bad({"scale": torch.tensor(INF)}, ValueError, ("scale", "expected finite values", "got inf")),
     *(
         Bad(
@@ -176,6 +177,7 @@ LAYOUTS = [
             ("pairwise_margin", (C, C)),
             ("sample_weight", (N,)),
             ("scale", ()),
+            ("target_margin", ()),
         ]
     ),
 ]
@@ -198,10 +200,7 @@ SHAPES = [
         for name in ("weight", "logit_scale", "logit_bias", "target_margin")
         for shape in ((6,), (1,), (C, 1), (N, C))
     ),
-    *(
-        Bad({name: torch.tensor(1.0)}, ValueError, (name, "(7,)", "[]"))
-        for name in ("weight", "logit_bias", "target_margin")
-    ),
+    *(Bad({name: torch.tensor(1.0)}, ValueError, (name, "(7,)", "[]")) for name in ("weight", "logit_bias")),
     *(
         Bad({"pairwise_margin": torch.ones(s)}, ValueError, ("pairwise_margin", "(7, 7)", str(list(s))))
         for s in ((C,), (C, 6))

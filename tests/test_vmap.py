@@ -47,6 +47,7 @@ CASES: dict[str, tuple[dict[str, Tensor], dict]] = {
         {"logit_scale": rand(B, C), "target_margin": rand(B, C, seed=1), "input": logits(B, N, C)},
         {"target": TARGET[0], "scale": 2.0},
     ),
+    "one_margin": ({"target_margin": rand(B)}, {"input": logits(N, C), "target": IGNORED[0], "scale": 3.0}),
     "pairwise": ({"pairwise_margin": rand(B, C, C), "target": TARGET}, {"input": logits(N, C)}),
     "scale": ({"scale": rand(B)}, {"input": logits(N, C), "target": TARGET[0]}),
     "mask": ({"mask": MASK, "sample_weight": rand(B, N)}, {"input": logits(N, C), "target": TARGET[0]}),
