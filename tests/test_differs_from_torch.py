@@ -77,7 +77,7 @@ def test_ignored_rows_that_are_not_finite(value: float, reduction: str) -> None:
 
 
 def test_integer_dtypes() -> None:
-    with pytest.raises(RuntimeError):
+    with pytest.raises(RuntimeError, match="Int"):
         F.cross_entropy(LOGITS, TARGET.int())
     for dtype in (torch.int32, torch.int16, torch.int8, torch.uint8):
         assert torch.equal(LF.margin_cross_entropy(LOGITS, TARGET.to(dtype)), LF.margin_cross_entropy(LOGITS, TARGET))
