@@ -2,7 +2,8 @@
 # make test    set up everything and run every test
 #
 # Both work on a bare clone: they create a virtual environment, install torch first (TORCH= overrides the requirement),
-# then the rest without build isolation, which would fetch a second torch. A second call reuses what is there.
+# then the rest without build isolation, which would fetch a second torch. A second call reuses what is there, unless it
+# asks for another torch: that is installed in its place, and the extension is built again.
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
@@ -11,7 +12,17 @@ BIN := $(VENV)/bin
 NATIVE := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h)
 READY := $(VENV)/.ready
 
-.PHONY: train test setup build lint format benchmark report sanitize gpu gpu-pack dist clean
+# The stamp says what torch was asked for. An empty one, made by touch, says that whatever is installed is fine.
+ASKED_BEFORE := $(shell cat $(VENV)/.torch 2>/dev/null)
+ifneq ($(origin TORCH),file)
+ifneq ($(ASKED_BEFORE),)
+ifneq ($(ASKED_BEFORE),$(TORCH))
+.PHONY: $(VENV)/.torch
+endif
+endif
+endif
+
+.PHONY: train test test-dist setup build lint format benchmark report sanitize gpu gpu-pack dist clean
 
 train: setup
 	$(BIN)/ltkernels train digits
@@ -19,13 +30,20 @@ train: setup
 test: setup
 	$(BIN)/python -m pytest
 
+# The source archive, and a wheel that is built from it, installed and used elsewhere: compiles the extension.
+test-dist: setup
+	$(BIN)/python -m pytest -m distribution tests/test_distribution.py
+
 setup: $(READY)
 
 $(VENV)/.torch:
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet "$(TORCH)" numpy
+	@# Triton below 3.7, which torch 2.11 brings, interprets only with numpy below 2.4.
+	if $(BIN)/python -m pip freeze | grep -q '^triton==3\.[0-6]\.'; then $(BIN)/python -m pip install --quiet "numpy<2.4"; fi
 	$(BIN)/python -m pip install --quiet "setuptools>=77" wheel ninja
-	touch $@
+	rm -rf build ltkernels/_C.so ltkernels/_build.json
+	echo "$(TORCH)" > $@
 
 $(READY): $(VENV)/.torch pyproject.toml setup.py $(NATIVE)
 	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[trainer,triton,test,lint]"

@@ -21,7 +21,7 @@ UPSTREAMS = {
     "half": "`(loss * 0.5).backward()`",
     "none": '`reduction="none"`, one upstream gradient a row',
 }
-MEMORY_UPSTREAMS = {"upstream1": UPSTREAMS["upstream1"], "none": '`reduction="none"`'}
+MEMORY_UPSTREAMS = {name: UPSTREAMS[name] for name in ("upstream1", "half")} | {"none": '`reduction="none"`'}
 
 
 def sections(results: Results) -> list[str]:
@@ -35,7 +35,7 @@ def sections(results: Results) -> list[str]:
         targets_table(results),
         _traffic(results),
         _ldam(results),
-        memory(results, LABELS, MEMORY_UPSTREAMS, "N x C"),
+        _memory(results),
         *(
             timings(results, LABELS, dtype, upstream, f"{dtype}, {UPSTREAMS[upstream]}", "N x C")
             for dtype in ("float32", "bfloat16")
@@ -70,19 +70,27 @@ def _traffic(results: Results) -> str:
             case = results.cases.get((shape, dtype, "upstream1"))
             if case and "ours" in case["variants"]:
                 rates = [case.get(f"{name}_gb_per_s") for name in ("clone_fresh", "clone_huge", "copy_warm")]
-                share = targets.share_of_clone(results, shape, dtype)
+                shares = [targets.share_of_clone(results, shape, dtype, memory=name) for name in ("fresh", "huge")]
                 ours = case["variants"]["ours"]["gb_per_s"]
-                rows.append([by_times(shape), dtype, *map(rate, [ours, *rates]), f"{share:.0%}"])
+                percents = ["" if share is None else f"{share:.0%}" for share in shares]
+                rows.append([by_times(shape), dtype, *map(rate, [ours, *rates]), *percents])
     if not rows:
         return ""
     clones = ["clone, fresh", "clone, fresh huge pages", "copy, warm"]
-    columns = ["N x C", "dtype", "ltkernels", *clones, "of clone, fresh"]
+    columns = ["N x C", "dtype", "ltkernels", *clones, "of clone, fresh", "of clone, fresh huge pages"]
     return (
         "## Memory traffic\n\nGB/s, counting 2 N C bytes-per-element: logits in, gradient out. The copies run in the "
         "same loop. A share can be above 100 %: a gradient below 32 MB may land in memory that malloc has kept, "
         "without page faults, and for larger ones ltkernels asks for huge pages, which a plain clone does not.\n\n"
         f"{table(columns, rows)}"
     )
+
+
+def _memory(results: Results) -> str:
+    found = memory(results, LABELS, MEMORY_UPSTREAMS, "N x C")
+    scaled = any(upstream == "half" for _, _, upstream in results.cases)
+    note = "Compiled variants of a scaled loss are the same graph, and are not compiled again for this."
+    return f"{found}\n\n{note}" if found and scaled else found
 
 
 def _ldam(results: Results) -> str:

@@ -63,6 +63,9 @@ def load(paths: Iterable[Path]) -> dict[str, Results]:
             if _hardware(before.machine) != _hardware(one.machine):
                 raise ResultsError(f"{path}: measured elsewhere or with another torch than the files before it")
             before.cases |= one.cases
+            revisions = dict.fromkeys(of.machine.get("revision") or "unknown" for of in (before, one))
+            if len(revisions) > 1:
+                before.machine["revision"] = ", ".join(revisions)
     if not results:
         raise ResultsError(f"no file of results given. {HOW_TO_MEASURE}")
     return results
@@ -135,4 +138,4 @@ def _rounded(value: Any) -> Any:
 
 
 def _hardware(machine: dict) -> dict:
-    return {name: value for name, value in machine.items() if name != "date"}
+    return {name: value for name, value in machine.items() if name not in ("date", "revision")}

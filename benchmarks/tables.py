@@ -62,6 +62,7 @@ def head(results: Results, title: str, what: str) -> str:
     where = m["name"] if m["device"] == "cuda" else f"{m['name']}, {m['cores']} cores ({m['cpu_capability']})"
     optional = {name: m.get(key) for name, key in PACKAGES.items()}
     versions = [f"torch {m['torch']}", *(f"{name} {v}" for name, v in optional.items() if v), f"Python {m['python']}"]
+    revision = f"commit {m['revision']}, " if m.get("revision") else ""
     pages = f" Transparent huge pages: {m['huge_pages']}." if m.get("huge_pages") and m["device"] == "cpu" else ""
     rounds = min(v["rounds"] for case in results.cases.values() for v in case["variants"].values())
     before = (
@@ -70,7 +71,7 @@ def head(results: Results, title: str, what: str) -> str:
     smoke = "\n\n**A smoke run: the numbers mean nothing.**" if m.get("quick") else ""
     return (
         f"# {title} on {where}\n\n"
-        f"{m['date']}, {', '.join(versions)}, {m['threads']} CPU threads, {m['system']}.{pages}{smoke}\n\n"
+        f"{m['date']}, {revision}{', '.join(versions)}, {m['threads']} CPU threads, {m['system']}.{pages}{smoke}\n\n"
         f"Forward and backward, at least {rounds} rounds: medians of the times, and medians of the ratios within a "
         "round, so that what the machine does meanwhile hits both sides of a ratio alike. All variants of a shape and "
         "upstream gradient, in both dtypes, are timed in one loop, in a new random order each round, after each has "
@@ -83,10 +84,16 @@ def targets_table(results: Results) -> str:
     found = targets(results)
     if not found:
         return ""
-    rows = [[t.text, t.wanted_text, number(t.measured), t.verdict] for t in found]
+    caveats = list(dict.fromkeys(t.caveat for t in found if t.caveat))
+    rows = []
+    for t in found:
+        mark = f" [{caveats.index(t.caveat) + 1}]" if t.caveat else ""
+        beside = "" if t.beside is None else f" ({number(t.beside)})"
+        rows.append([t.text + mark, t.wanted_text, number(t.measured) + beside, t.verdict])
     met = sum(target.verdict == "met" for target in found)
     columns = ["float32 and upstream gradient 1 unless said otherwise", "wanted", "measured", ""]
-    return f"## Targets: {met} of {len(rows)} met\n\n{table(columns, rows)}"
+    below = "".join(f"\n\n[{k}] {caveat}" for k, caveat in enumerate(caveats, 1))
+    return f"## Targets: {met} of {len(rows)} met\n\n{table(columns, rows)}{below}"
 
 
 def timings(results: Results, labels: Mapping[str, str], dtype: str, upstream: str, title: str, column: str) -> str:

@@ -22,6 +22,17 @@ void check_device(const char* name, const at::Tensor& x, const at::Tensor& logit
       x.device());
 }
 
+// A sparse, MKL-DNN or nested tensor, which no kernel reads.
+void check_layout(const char* name, const at::Tensor& x) {
+  TORCH_CHECK_TYPE(
+      x.layout() == at::kStrided && !x.is_nested(), name, ": expected a dense tensor (torch.strided), got ",
+      x.is_nested() ? "a nested tensor" : c10::str("layout ", x.layout()));
+}
+
+void check_layout(const char* name, const OptionalTensor& x) {
+  if (x.has_value()) check_layout(name, *x);
+}
+
 // A floating vector with one entry for each of `size`, or 0-d where that is allowed.
 void check_vector(
     const char* name, const OptionalTensor& x, const at::Tensor& logits, int64_t dimension, bool scalar_allowed) {
@@ -94,6 +105,15 @@ void check_mask(const OptionalTensor& mask, const at::Tensor& logits) {
       "mask: expected shape (", classes, ",) or (", rows, ", ", classes, "), got ", mask->sym_sizes());
 }
 
+// Also what rounds to 0 or infinity in the type that the kernels compute in: such a scale would be lost silently.
+void check_scale(double scale, at::ScalarType logits) {
+  const bool wide = logits == at::kDouble;
+  const double rounded = wide ? scale : static_cast<double>(static_cast<float>(scale));
+  TORCH_CHECK_VALUE(
+      std::isfinite(rounded) && rounded > 0, "scale: expected a finite number above 0",
+      std::isfinite(scale) && scale > 0 ? " in float32" : "", ", got ", scale);
+}
+
 void check_class_numbers(const char* name, const at::Tensor& x, const at::Tensor& logits) {
   TORCH_CHECK_TYPE(x.scalar_type() == at::kInt, name, ": expected dtype int32, got ", x.scalar_type());
   check_device(name, x, logits);
@@ -134,9 +154,23 @@ void check_neighbors(LTK_MARGIN_PARAMETERS) {
       back_from < 0 || neighbor_weight == 0, "mode 'back': expected neighbor_weight=0, got ", neighbor_weight);
 }
 
+void check_layouts(LTK_MARGIN_PARAMETERS) {
+  check_layout("input", logits);
+  check_layout("target", target);
+  check_layout("weight", weight);
+  check_layout("logit_scale", logit_scale);
+  check_layout("logit_bias", logit_bias);
+  check_layout("target_margin", target_margin);
+  check_layout("pairwise_margin", pairwise_margin);
+  check_layout("mask", mask);
+  check_layout("sample_weight", sample_weight);
+  check_layout("row_class", row_class);
+}
+
 }  // namespace
 
 void check_margin_softmax(LTK_MARGIN_PARAMETERS) {
+  check_layouts(LTK_MARGIN_ARGUMENTS);
   check_logits(logits);
   check_target(logits, target, ignore_index, pairwise_margin.has_value());
   check_vector("weight", weight, logits, 1, false);
@@ -147,7 +181,7 @@ void check_margin_softmax(LTK_MARGIN_PARAMETERS) {
   check_pairwise(pairwise_margin, logits);
   check_mask(mask, logits);
   check_neighbors(LTK_MARGIN_ARGUMENTS);
-  TORCH_CHECK_VALUE(std::isfinite(scale) && scale > 0, "scale: expected a finite number above 0, got ", scale);
+  check_scale(scale, logits.scalar_type());
   TORCH_CHECK_VALUE(
       label_smoothing >= 0 && label_smoothing <= 1, "label_smoothing: expected a number in [0, 1], got ",
       label_smoothing);

@@ -7,27 +7,32 @@
 #include <torch/csrc/autograd/engine.h>
 #include <torch/csrc/autograd/saved_variable.h>
 
+#include "cpu/new_tensors.h"
 #include "margin_options.h"
 
 namespace ltkernels {
 
-// The saved gradient times the 0-d upstream gradient. In place if nobody can see the memory again: the graph is not
-// retained and holds the only reference.
+// The saved gradient times the 0-d upstream gradient; removed classes and ignored rows stay at 0, whatever the upstream
+// gradient. In place if nobody can see the memory again: the graph is not retained and holds the only reference.
+// Otherwise in a copy, the gradient to be returned: there is no other temporary of its size.
 inline at::Tensor times_upstream(torch::autograd::SavedVariable& saved, const at::Tensor& upstream) {
   static const auto scale_ = typed_operator<void(at::Tensor, const at::Tensor&)>("ltkernels::margin_softmax_scale_");
   at::Tensor grad = saved.unpack();
-  const bool last_use = !torch::autograd::get_current_graph_task_keep_graph();
-  if (last_use && !at::GradMode::is_enabled() && !at::isTensorSubclassLike(grad) &&
-      !at::isTensorSubclassLike(upstream)) {
-    saved.reset_data();
-    if (grad.use_count() == 1 && grad.storage().use_count() == 1) {
-      const at::AutoDispatchBelowADInplaceOrView guard;  // not through autograd's boxed fallback
-      scale_.call(grad, upstream);
-      return grad;
-    }
+  if (at::isTensorSubclassLike(grad) || at::isTensorSubclassLike(upstream)) {
+    // Traced or batched: operators that every transform knows, and that a compiler fuses.
+    at::Tensor scaled = grad.mul(upstream);
+    return scaled.masked_fill_(grad.eq(0), 0);
   }
-  // Removed classes and ignored rows stay at 0, whatever the upstream gradient.
-  return at::where(grad.eq(0), grad, grad.mul(upstream));
+  const bool last_use = !torch::autograd::get_current_graph_task_keep_graph() && !at::GradMode::is_enabled();
+  const at::AutoDispatchBelowADInplaceOrView guard;  // not through autograd's boxed fallback
+  if (last_use) saved.reset_data();
+  if (!last_use || grad.use_count() > 1 || grad.storage().use_count() > 1) {
+    at::Tensor copy = at::empty_like(grad);
+    if (copy.is_cpu()) advise_huge_pages(copy);
+    grad = copy.copy_(grad);
+  }
+  scale_.call(grad, upstream);
+  return grad;
 }
 
 }  // namespace ltkernels

@@ -69,7 +69,11 @@ def check_margin_tensor(name: str, tensor: Tensor, classes: int | None) -> None:
     if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
         raise TypeError(f"{name}: expected a floating Tensor, got {kind_of(tensor)}")
     classes = classes or None  # no class at all agrees with no shape
-    shapes_of = {"scale": [()], "logit_scale": [(classes,), ()], "pairwise_margin": [(classes, classes)]}
+    vector = [(classes,), ()]
+    shapes_of = {
+        **{"scale": [()], "logit_scale": vector, "target_margin": vector},
+        "pairwise_margin": [(classes, classes)],
+    }
     shapes = shapes_of.get(name, [(classes,)])
     if tensor.shape not in shapes:
         expected = " or ".join(map(str, shapes)).replace("None", "C")
@@ -84,7 +88,16 @@ def kind_of(value: object) -> str:
 
 def has_no_values(*tensors: Tensor | None) -> bool:
     """Whether one of them is traced or batched: there is nothing to read."""
-    plain = (Tensor, torch.nn.Parameter)
     return any(
-        x is not None and (type(x) not in plain or torch._C._functorch.is_functorch_wrapped_tensor(x)) for x in tensors
+        x is not None and (type(x) not in _PLAIN or torch._C._functorch.is_functorch_wrapped_tensor(x)) for x in tensors
     )
+
+
+def values_of(x: Tensor | None) -> Tensor | None:
+    """What ``x`` holds under the transforms of torch.func, with the dimensions of all batches; None if it is traced."""
+    while x is not None and torch._C._functorch.is_functorch_wrapped_tensor(x):
+        x = torch._C._functorch.get_unwrapped(x)
+    return x.detach() if type(x) in _PLAIN else None
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ltkernels._checks import integer, number
+from ltkernels._checks import integer, kind_of, number
 from ltkernels.reference import directions
 
 
@@ -25,6 +25,10 @@ class CosineLinear(nn.Module):
 
     Attributes:
         weight: (C, D), initialised to random directions of length 1.
+
+    Raises:
+        ValueError: a size or ``eps`` out of range, an input whose last dimension is not D.
+        TypeError: a wrong type, an input that is no floating tensor.
     """
 
     def __init__(
@@ -49,6 +53,10 @@ class CosineLinear(nn.Module):
             self.weight.copy_(directions(self.weight, self.eps))
 
     def forward(self, input: Tensor) -> Tensor:
+        if not isinstance(input, Tensor) or not input.is_floating_point():
+            raise TypeError(f"input: expected a floating Tensor, got {kind_of(input)}")
+        if input.shape[-1:] != (self.in_features,):
+            raise ValueError(f"input: expected shape (..., {self.in_features}), got {tuple(input.shape)}")
         return nn.functional.linear(directions(input, self.eps), directions(self.weight, self.eps))
 
     def extra_repr(self) -> str:

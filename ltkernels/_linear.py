@@ -9,7 +9,16 @@ import torch
 from torch import Tensor
 
 from ltkernels import _ops, reference
-from ltkernels._rows import REDUCTIONS, check_numbers, check_types, check_values, each_sample, fold_scale
+from ltkernels._rows import (
+    REDUCTIONS,
+    check_layouts,
+    check_numbers,
+    check_types,
+    check_values,
+    each_sample,
+    fold_scale,
+    margin_of_each_class,
+)
 
 _ALL = 2**62  # rows or classes; a number of them as an argument of the operator would be traced as a constant
 
@@ -36,18 +45,21 @@ def linear_margin_softmax(
             raise TypeError(f"{name}: expected a Tensor, got {type(x).__name__}")
     if linear_bias is not None and not isinstance(linear_bias, Tensor):
         raise TypeError(f"linear_bias: expected a Tensor or None, got {type(linear_bias).__name__}")
+    check_layouts(input=input, linear_weight=linear_weight, linear_bias=linear_bias, target=target)
     if linear_weight.dim() != 2 or input.dim() == 0 or input.shape[-1] != linear_weight.shape[1]:
         raise ValueError(
             "input, linear_weight: expected shapes (D,), (N, D) or (N, ..., D) and (C, D), "
             f"got {tuple(input.shape)} and {tuple(linear_weight.shape)}"
         )
-    if not isinstance(cosine, bool):
-        raise TypeError(f"cosine: expected a bool, got {type(cosine).__name__}")
+    for name, x in (("cosine", cosine), ("return_lse", return_lse), ("return_stats", return_stats)):
+        if not isinstance(x, bool):
+            raise TypeError(f"{name}: expected a bool, got {type(x).__name__}")
     check_types(weight, logit_scale, logit_bias, target_margin, pairwise_margin, mask, sample_weight, row_class)
     chunk_rows = _chunk_rows(chunk_size)
     if isinstance(scale, Tensor):
         logit_scale, target_margin = fold_scale(scale, logit_scale, target_margin, input)
         scale = 1.0
+    target_margin = margin_of_each_class(target_margin, linear_weight.shape[0])
     check_numbers(scale, neighbor_weight, ignore_index, label_smoothing)
     input, linear_weight = _autocast(input), _autocast(linear_weight)
 
@@ -74,7 +86,9 @@ def linear_margin_softmax(
         _check_classifier(input, linear_weight, linear_bias, cosine)
         logits = reference.linear_logits(input, linear_weight, linear_bias, cosine)
         _ops.margin_softmax_check(logits, *options, reduction_code, ignore_index, label_smoothing)
-        check_values(logits, target, logit_scale, logit_bias, target_margin, pairwise_margin, row_class, ignore_index)
+        check_values(
+            logits, target, logit_scale, logit_bias, target_margin, pairwise_margin, mask, row_class, ignore_index
+        )
         loss, lse = reference.margin_softmax(logits, *options, reduction, ignore_index, label_smoothing)
         with torch.no_grad():
             row_loss, _ = reference.margin_softmax(logits, *options, "none", ignore_index, label_smoothing)

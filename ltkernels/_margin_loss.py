@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import ltkernels.functional as LF
 from ltkernels import margins as M
 from ltkernels._checks import number
-from ltkernels._rows import REDUCTIONS
+from ltkernels._rows import REDUCTIONS, check_ignore_index
 
 
 class LossOptions(TypedDict, total=False):
@@ -29,7 +29,7 @@ class MarginCrossEntropyLoss(nn.Module):
     .. math:: v_{ij} = s\,(a_j f_{ij} - m_j t_{ij}) + b_j + \Delta_{y_i j}
 
     Args:
-        margins: Margins of a method, e.g. ``ltkernels.margins.cosface(0.35, 64.0, num_classes=100)``.
+        margins: Margins of a method, e.g. ``ltkernels.margins.cosface(0.35, 64.0)``.
         logit_scale, logit_bias, target_margin, pairwise_margin, scale: The same as single arguments; they may add to
             ``margins`` but not repeat it. A learned scale is ``scale=nn.Parameter(torch.tensor(30.0))``.
         weight: (C,) class weights, or a :class:`ltkernels.margins.DeferredReweighting`.
@@ -89,6 +89,7 @@ class MarginCrossEntropyLoss(nn.Module):
         if not isinstance(reduction, str) or reduction not in REDUCTIONS:
             raise ValueError(f"reduction: expected 'none', 'mean' or 'sum', got {reduction!r}")
         self.reduction = reduction
+        check_ignore_index(ignore_index)
         self.ignore_index = ignore_index
         self.label_smoothing = number("label_smoothing", label_smoothing, "in [0, 1]")
 

@@ -149,6 +149,13 @@ def _(info, in_dims, grad_loss, grad_lse, stats, *args):
     return (grad.reshape(batch, rows, -1), empty, empty), (0, 0, 0)
 
 
+@torch.library.register_vmap("ltkernels::margin_softmax_check")
+def _(info, in_dims, *args):
+    # Shapes, dtypes and devices, which all slices share; values are for check_values, which looks below the batch.
+    _ops.margin_softmax_check(*(a if dim is None else a.select(dim, 0) for a, dim in zip(args, in_dims, strict=True)))
+    return None, None
+
+
 def _call_each(name: str) -> None:
     """A kernel call a problem: for linear forms, with a classifier of each, and for embeddings that see each other."""
 

@@ -1,7 +1,9 @@
 """Public functions. ``import ltkernels.functional as LF``.
 
-Each function documents its formula, prepares shapes, and makes one call into an operator. Values, shapes and
-devices are checked inside the operator, so that every backend answers bad input with the same errors.
+Each function documents its formula, prepares shapes, and makes one call into an operator. Every backend answers a
+wrong type, dtype, shape, layout or device with the same errors. Values are read, and those that make no sense are
+errors, where that needs no synchronisation; elsewhere they give NaN. Of ``pairwise_margin``, only the values that a
+sample uses are looked at.
 """
 
 from __future__ import annotations
@@ -70,11 +72,12 @@ def margin_cross_entropy(
         t'_{ij} &= u_i w_j \bigl((1 - \epsilon)\, t_{ij} + \epsilon / |\mathrm{allowed}_i|\bigr) \\
         \ell_i &= \sum_j t'_{ij} \log\sum_k e^{v_{ik}} - \sum_j t'_{ij} v_{ij}
 
-    Without margins this is :func:`torch.nn.functional.cross_entropy`, with two differences: 16-bit logits give a
-    float32 loss, and bad input raises ``ValueError``, ``TypeError`` or ``IndexError``. The constructors in
-    :mod:`ltkernels.margins` give the arguments of the published losses: logit adjustment (Menon et al.,
-    arXiv:2007.07314), balanced softmax (Ren et al., arXiv:2007.10740), LDAM (Cao et al., arXiv:1906.07413),
-    CDT (Ye et al., arXiv:2001.01385), VS (Kini et al., arXiv:2103.01550), CosFace (Wang et al., arXiv:1801.09414).
+    Without margins this is :func:`torch.nn.functional.cross_entropy`; 16-bit logits give a float32 loss, bad input
+    raises ``ValueError``, ``TypeError`` or ``IndexError``, and ``docs/differs-from-torch.md`` lists every other
+    difference. The constructors in :mod:`ltkernels.margins` give the arguments of the published losses:
+    logit adjustment (Menon et al., arXiv:2007.07314), balanced softmax (Ren et al., arXiv:2007.10740),
+    LDAM (Cao et al., arXiv:1906.07413), CDT (Ye et al., arXiv:2001.01385), VS (Kini et al., arXiv:2103.01550),
+    CosFace (Wang et al., arXiv:1801.09414).
 
     Args:
         input: Logits, ``(C,)``, ``(N, C)`` or ``(N, C, d1, ...)``; float16, bfloat16, float32 or float64. Never
@@ -84,10 +87,11 @@ def margin_cross_entropy(
         weight: ``(C,)`` class weights; no gradient flows to them.
         logit_scale: ``(C,)`` or 0-d multiplicative scale of each logit.
         logit_bias: ``(C,)`` additive adjustment of each logit, not multiplied by ``scale``.
-        target_margin: ``(C,)`` margin taken off the target's logit before scaling.
+        target_margin: ``(C,)`` or 0-d margin taken off the target's logit before scaling.
         pairwise_margin: ``(C, C)``; row ``y`` is added to the adjusted logits of samples of class ``y``. Class
             indices only.
-        scale: Positive number, or 0-d tensor if it is learned (its sign is not checked).
+        scale: Number above 0, also once rounded to the dtype of the loss, or 0-d tensor if it is learned. A tensor of
+            another value gives ``NaN`` where reading it would synchronise.
         mask: Boolean ``(C,)``, ``(N, C)`` or the shape of ``input``; ``False`` removes a class: probability and
             gradient exactly 0. A removed target gives ``+inf``, a row with no class left ``NaN``.
         sample_weight: ``()``, ``(N,)`` or ``(N, d1, ...)`` weight of each sample.
@@ -107,7 +111,7 @@ def margin_cross_entropy(
 
     Raises:
         ValueError: wrong shapes, devices, values, an unknown ``reduction``, probabilities with ``pairwise_margin``.
-        TypeError: wrong dtypes.
+        TypeError: wrong types or dtypes, tensors that are sparse or nested.
         IndexError: a class index out of range (on a GPU such a row is ``NaN``: checking would synchronise).
 
     Example::

@@ -58,7 +58,7 @@ class Margins:
     Args:
         logit_scale: :math:`a`, ``(C,)`` or 0-d.
         logit_bias: :math:`b`, ``(C,)``.
-        target_margin: :math:`m`, ``(C,)``.
+        target_margin: :math:`m`, ``(C,)`` or 0-d.
         pairwise_margin: :math:`\Delta`, ``(C, C)``.
         scale: :math:`s`, a positive number or a 0-d tensor.
         weight: class weights ``(C,)``, not negative.
@@ -267,7 +267,7 @@ def pairwise_logit_adjustment(class_counts: ClassCounts, tau: float = 1.0) -> Ma
     return Margins(pairwise_margin=_like(class_counts, bias - bias[:, None]))
 
 
-def cosface(margin: float, scale: float, *, num_classes: int) -> Margins:
+def cosface(margin: float, scale: float, *, num_classes: int | None = None) -> Margins:
     r"""CosFace: the same margin for every class, :math:`v = s\,(\cos\theta - m\,t)`; no class counts.
 
     The logits are cosines: use :class:`ltkernels.nn.CosineLinear`. Wang et al., "CosFace: large margin cosine loss
@@ -276,16 +276,14 @@ def cosface(margin: float, scale: float, *, num_classes: int) -> Margins:
     Args:
         margin: Not negative; 0.35 in the paper.
         scale: Positive; 64 in the paper.
-        num_classes: C, at least 1.
+        num_classes: C, at least 1, for a margin of shape (C,); ``None`` gives a 0-d one, for any number of classes.
 
-    Returns ``target_margin`` (C,) float32 on the CPU, and ``scale``.
+    Returns ``target_margin`` (C,) or 0-d, float32 on the CPU, and ``scale``.
     Raises ``ValueError`` or ``TypeError`` naming the argument that is out of range or of a wrong type.
     """
-    classes = integer("num_classes", num_classes, minimum=1)
-    return Margins(
-        target_margin=torch.full((classes,), number("margin", margin, ">= 0"), dtype=torch.float32, device="cpu"),
-        scale=scale,
-    )
+    shape = () if num_classes is None else (integer("num_classes", num_classes, minimum=1),)
+    value = number("margin", margin, ">= 0")
+    return Margins(target_margin=torch.full(shape, value, dtype=torch.float32, device="cpu"), scale=scale)
 
 
 # Class weights and schedules

@@ -60,7 +60,7 @@ def margin_softmax(
         target = target.long()  # ignore_index does not fit every integer dtype
         kept = target != ignore_index
         y = torch.where(kept, target, 0)
-        t = torch.nn.functional.one_hot(y, classes).to(acc)
+        t = (y[:, None] == torch.arange(classes, device=logits.device)).to(acc)
     else:
         kept = torch.ones(rows, dtype=torch.bool, device=logits.device)
         t = target.to(acc)

@@ -25,13 +25,20 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "variants: run again with the kernels of each instruction set")
 
 
+# Marks of tests that run only where `-m` names them, and why.
+ON_REQUEST = {
+    "large": "more than 2^22 logits: run with -m large",
+    "distribution": "compiles the extension: run with -m distribution",
+}
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if "large" in config.option.markexpr:
-        return
-    skip = pytest.mark.skip(reason="more than 2^22 logits: run with -m large")
-    for item in items:
-        if item.get_closest_marker("large"):
-            item.add_marker(skip)
+    for mark, reason in ON_REQUEST.items():
+        if mark in config.option.markexpr:
+            continue
+        for item in items:
+            if item.get_closest_marker(mark):
+                item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @pytest.fixture

@@ -129,6 +129,43 @@ def test_report_has_every_table_and_is_small(raw, tmp_path, capsys):
     assert "missed" in capsys.readouterr().out
 
 
+def test_the_share_of_a_clone_says_what_it_leaves_out(raw, tmp_path):
+    content = json.loads(raw.read_text())
+    for one in content["benchmarks"]:
+        one["extra_info"]["clone_huge_gb_per_s"] = 2 * one["extra_info"]["clone_fresh_gb_per_s"]
+    raw.write_text(json.dumps(content))
+    report.main([str(raw), "--out", str(tmp_path)])
+    text = (tmp_path / "cpu.md").read_text()
+    assert "| 4096x1000: share of the rate of x.clone() into fresh memory [1] | >= 0.85 | 0.9 (0.45) | met |" in text
+    assert "\n[1] The clone pays a page fault" in text and "rate of a clone into fresh huge pages." in text
+    (traffic,) = [line for line in text.splitlines() if line.startswith("| 4096 x 8142 | float32 |")][:1]
+    assert traffic.endswith("| 90% | 45% |")
+
+
+def test_memory_of_every_upstream_gradient_is_on_the_page(raw, tmp_path):
+    content = json.loads(raw.read_text())
+    for one in list(content["benchmarks"]):
+        for upstream in ("half", "none"):
+            info = one["extra_info"] | {"upstream": upstream}
+            content["benchmarks"].append(one | {"extra_info": info})
+    raw.write_text(json.dumps(content))
+    report.main([str(raw), "--out", str(tmp_path)])
+    memory = (tmp_path / "cpu.md").read_text().partition("## Peak memory")[2].partition("## ")[0]
+    for upstream in ("upstream gradient 1", "`(loss * 0.5).backward()`", '`reduction="none"`'):
+        assert f"| 4096 x 1000 | float32 | {upstream} |" in memory
+
+
+def test_the_page_names_the_commits_that_were_measured(raw, tmp_path):
+    content, other = json.loads(raw.read_text()), tmp_path / "other-raw.json"
+    for path, revision in ((raw, "0123456789ab"), (other, "ba9876543210-dirty")):
+        machine = MACHINE | {"revision": revision, "date": "2026-01-01"}
+        path.write_text(json.dumps(content | {"machine_info": machine}))
+    report.main([str(raw), "--out", str(tmp_path)])
+    assert ", commit 0123456789ab, torch" in (tmp_path / "cpu.md").read_text()
+    report.main([str(raw), str(other), "--out", str(tmp_path)])  # one machine, two commits
+    assert ", commit 0123456789ab, ba9876543210-dirty, torch" in (tmp_path / "cpu.md").read_text()
+
+
 def test_report_of_a_report_is_the_same(raw, tmp_path):
     report.main([str(raw), "--out", str(tmp_path / "one")])
     report.main([str(tmp_path / "one" / "cpu.json"), "--out", str(tmp_path / "two")])
@@ -388,6 +425,7 @@ def test_the_suite_runs_under_pytest(run_python, tmp_path):
     families = load([path])
     results = families["margin"]
     assert families.keys() == FAMILIES.keys() and len(results.cases) == 4
+    assert "revision" in results.machine
     case = results.cases["128x10", "float32", "upstream1"]
     assert case["variants"].keys() == {"ours", "eager", "ldam-ours", "ldam-authors"}
     assert case["bytes"] == 2 * 128 * 10 * 4 and case["clone_fresh_gb_per_s"] > 0

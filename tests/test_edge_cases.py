@@ -382,3 +382,36 @@ def test_exp_of_16_bit_logits(dtype: torch.dtype) -> None:
     logits = torch.stack([torch.zeros_like(x), -x], 1)
     _, lse = LF.margin_cross_entropy(logits, torch.zeros(len(x), dtype=torch.long), return_lse=True)
     assert (lse.double() - torch.log1p((-x.double()).exp())).abs().max() <= 2.5e-7
+
+
+# ------------------------------------------------------------------------------------------------- upstream gradients
+
+
+def batched_backward(loss: Tensor, logits: Tensor, upstream: Tensor) -> Tensor:
+    return torch.autograd.grad(loss, logits, upstream.expand(2), is_grads_batched=True)[0][1]
+
+
+BACKWARDS = {
+    "in_place": torch.autograd.grad,
+    "kept_graph": lambda *arguments: torch.autograd.grad(*arguments, retain_graph=True),
+    "graph_of_the_gradient": lambda *arguments: torch.autograd.grad(*arguments, create_graph=True),
+    "batched": batched_backward,
+}
+
+
+@pytest.mark.parametrize("factor", [INF, -INF, NAN, 0.0, 3.0])
+@pytest.mark.parametrize("backward", BACKWARDS.values(), ids=BACKWARDS)
+def test_entries_of_gradient_0_stay_0(backward, factor: float) -> None:
+    """Removed classes and ignored rows, whatever the upstream gradient: 0 * inf would be NaN."""
+    rows, classes = 300, 1000  # more than one piece
+    logits, target = randn(rows, classes).requires_grad_(), torch.arange(rows)
+    target[7] = -100
+    mask = torch.arange(classes) != 500
+    exact = logits.detach().double().masked_fill(~mask, -INF).softmax(1)
+    exact[torch.arange(rows), target.clamp(min=0)] -= 1
+    out = ~mask.expand(rows, classes) | (target == -100)[:, None]
+    loss = LF.margin_cross_entropy(logits, target, mask=mask, reduction="sum")
+    got = backward(loss, logits, torch.tensor(factor))
+    got = got[0] if isinstance(got, tuple) else got
+    assert (got[out] == 0).all()
+    torch.testing.assert_close(got[~out].double(), exact[~out] * factor, rtol=1e-4, atol=1e-6, equal_nan=True)

@@ -14,7 +14,6 @@ from oracle import same_bits
 from torch import Tensor
 
 import ltkernels.functional as LF
-from ltkernels import _ops
 
 N, C = 4, 7
 NAN, INF = math.nan, math.inf
@@ -59,6 +58,7 @@ VALUES = [
         if (name, value) != ("logit_bias", -INF)  # a class removed for all rows
     ),
     Bad({"logit_scale": torch.tensor(NAN)}, ValueError, ("logit_scale", "expected finite values", "got nan")),
+    Bad({"target_margin": torch.tensor(NAN)}, ValueError, ("target_margin", "expected finite values", "got nan")),
     Bad({"scale": torch.tensor(INF)}, ValueError, ("scale", "expected finite values", "got inf")),
     *(
         Bad(
@@ -82,6 +82,28 @@ OPTIONS = [
     *(
         Bad({"reduction": r}, ValueError, ("reduction", "'mean'", f"got {r!r}"))
         for r in ("average", "", None, 1, ["mean"])
+    ),
+    *(
+        Bad({"scale": torch.tensor(s)}, ValueError, ("scale", "expected values above 0", f"got {s:g}"))
+        for s in (0.0, -2.0)
+    ),
+    *(
+        Bad({"scale": s}, ValueError, ("scale", "finite number above 0 in float32", f"got {s:g}"))
+        for s in (1e-50, 1e39)  # 0 and infinity in float32
+    ),
+    Bad({"scale": torch.tensor(1e-50, dtype=torch.float64)}, ValueError, ("scale", "above 0 in torch.float32, got 0")),
+    Bad({"scale": torch.tensor(1e39, dtype=torch.float64)}, ValueError, ("scale", "expected finite values, got inf")),
+    *(
+        Bad({name: 10**400}, ValueError, (name, "expected a finite number", "too large for float64"))
+        for name in ("scale", "label_smoothing")
+    ),
+    *(
+        Bad({"ignore_index": x}, ValueError, ("ignore_index", "expected an int of 64 bits", f"got one of {bits}"))
+        for x, bits in ((2**70, 72), (2**63, 65), (-(2**63) - 1, 65))
+    ),
+    *(
+        Bad({"return_lse": x}, TypeError, ("return_lse", "expected a bool", f"got {type(x).__name__}"))
+        for x in ("yes", 1, None)
     ),
     Bad({"scale": torch.ones(2)}, ValueError, ("scale", "0-d floating tensor", "(2,)")),
     Bad({"scale": torch.tensor(2)}, ValueError, ("scale", "0-d floating tensor", "int64")),
@@ -129,9 +151,42 @@ DTYPES = [
     Bad({"logit_bias": 3.0}, TypeError, ("logit_bias", "expected a Tensor", "got float")),
 ]
 
+SPARSE, DENSE = torch.ones(N, C).to_sparse(), "expected a dense tensor"
+LAYOUTS = [
+    Bad({"input": SPARSE}, TypeError, ("input", DENSE, "parse")),
+    Bad({"input": LOGITS.to_sparse_csr()}, TypeError, ("input", DENSE, "parse")),
+    Bad({"input": LOGITS.to_mkldnn()}, TypeError, ("input", DENSE, "kldnn")),
+    Bad({"input": torch.nested.nested_tensor([LOGITS[0], LOGITS[1]])}, TypeError, ("input", DENSE, "nested")),
+    Bad(
+        {"input": torch.nested.nested_tensor([LOGITS[0], LOGITS[1]], layout=torch.jagged)},
+        TypeError,
+        ("input", DENSE, "nested"),
+    ),
+    Bad({"input": IMAGE["input"].to_sparse(), "target": IMAGE["target"]}, TypeError, ("input", DENSE, "sparse")),
+    Bad(IMAGE | {"target": IMAGE["target"].to_sparse()}, TypeError, ("target", DENSE, "sparse")),
+    Bad(IMAGE | {"mask": torch.ones(N, C, 5, dtype=torch.bool).to_sparse()}, TypeError, ("mask", DENSE, "sparse")),
+    Bad({"target": SPARSE}, TypeError, ("target", DENSE, "parse")),
+    Bad({"mask": SPARSE.bool()}, TypeError, ("mask", DENSE, "parse")),
+    *(
+        Bad({name: torch.ones(shape).to_sparse()}, TypeError, (name, DENSE, "parse"))
+        for name, shape in [
+            ("weight", (C,)),
+            ("logit_scale", (C,)),
+            ("logit_bias", (C,)),
+            ("target_margin", (C,)),
+            ("pairwise_margin", (C, C)),
+            ("sample_weight", (N,)),
+            ("scale", ()),
+            ("target_margin", ()),
+        ]
+    ),
+]
+
 SHAPES = [
     Bad({"input": torch.tensor(1.0)}, ValueError, ("input", "(C,), (N, C) or (N, C, d1, ...)", "0-d")),
     Bad({"input": torch.ones(N, 0)}, ValueError, ("input", "at least one class", "[4, 0]")),
+    Bad({"input": torch.ones(0), "target": torch.tensor(0)}, ValueError, ("input", "at least one class", "(0,)")),
+    Bad(IMAGE | {"input": torch.ones(N, 0, 5)}, ValueError, ("input", "at least one class", "(4, 0, 5)")),
     Bad({"target": torch.zeros(N, 2, dtype=torch.long)}, ValueError, ("target", "(4,)", "[4, 2]")),
     Bad({"target": TARGET[:3]}, ValueError, ("target", "(4,)", "[3]")),
     Bad({"target": torch.tensor(1)}, ValueError, ("target", "(4,)", "[]")),
@@ -145,10 +200,7 @@ SHAPES = [
         for name in ("weight", "logit_scale", "logit_bias", "target_margin")
         for shape in ((6,), (1,), (C, 1), (N, C))
     ),
-    *(
-        Bad({name: torch.tensor(1.0)}, ValueError, (name, "(7,)", "[]"))
-        for name in ("weight", "logit_bias", "target_margin")
-    ),
+    *(Bad({name: torch.tensor(1.0)}, ValueError, (name, "(7,)", "[]")) for name in ("weight", "logit_bias")),
     *(
         Bad({"pairwise_margin": torch.ones(s)}, ValueError, ("pairwise_margin", "(7, 7)", str(list(s))))
         for s in ((C,), (C, 6))
@@ -194,16 +246,20 @@ GRADIENTS = [
 
 def describe(bad: Bad) -> str:
     def word(x: object) -> str:
-        return "x".join(map(str, x.shape)) + str(x.dtype)[5:] if isinstance(x, Tensor) else str(x)
+        if not isinstance(x, Tensor):
+            return f"{x:g}" if isinstance(x, float) else f"{x}"[:20]
+        shape = "nested" if x.is_nested else "x".join(map(str, x.shape))
+        return shape + str(x.dtype)[5:] + ("" if x.layout is torch.strided else str(x.layout)[5:])
 
     return "-".join(f"{name}={word(x)}" for name, x in bad.change.items())
 
 
 def memory_of(x: object) -> list[int]:
-    return x.untyped_storage().tolist() if isinstance(x, Tensor) and x.device.type == "cpu" else []
+    dense = isinstance(x, Tensor) and x.layout is torch.strided and not x.is_nested
+    return x.untyped_storage().tolist() if dense and x.device.type == "cpu" else []
 
 
-@pytest.mark.parametrize("bad", VALUES + OPTIONS + DTYPES + SHAPES + DEVICES + GRADIENTS, ids=describe)
+@pytest.mark.parametrize("bad", VALUES + OPTIONS + DTYPES + LAYOUTS + SHAPES + DEVICES + GRADIENTS, ids=describe)
 def test_bad_call(bad: Bad) -> None:
     """The documented exception and its words; nothing is corrupted, and the next good call is right."""
     want = LF.margin_cross_entropy(LOGITS, TARGET)
@@ -242,7 +298,21 @@ def test_ignored_and_removed_values_are_not_errors() -> None:
     assert LF.margin_cross_entropy(LOGITS, TARGET, sample_weight=torch.zeros(N), reduction="sum") == 0
 
 
-@pytest.mark.skipif(_ops.BACKEND == "reference", reason="vmap is for kernels")
+def test_pairwise_margins_that_no_sample_uses_may_hold_anything() -> None:
+    """C x C values are too many to check at each call, so no backend does: classes 4 to 6 have no sample here."""
+    target = torch.tensor([0, 1, -100, 3])  # class 2 has an ignored one only
+    pairwise = torch.randn(C, C, generator=torch.Generator().manual_seed(1))
+    want = LF.margin_cross_entropy(LOGITS, target, pairwise_margin=pairwise)
+    pairwise[4:], pairwise[2] = NAN, INF
+    got = LF.margin_cross_entropy(LOGITS, target, pairwise_margin=pairwise)
+    torch.testing.assert_close(got, want, rtol=0, atol=0)
+    pairwise[3, 5] = NAN
+    with pytest.raises(ValueError, match="pairwise_margin: expected finite values, got (nan|inf)"):
+        LF.margin_cross_entropy(LOGITS, target, pairwise_margin=pairwise)
+    mask = torch.arange(C) != 5
+    assert LF.margin_cross_entropy(LOGITS, target, pairwise_margin=pairwise, mask=mask).isfinite()
+
+
 @pytest.mark.parametrize(
     "options", [{}, {"weight": torch.ones(C)}, {"reduction": "sum"}], ids=["plain", "weight", "sum"]
 )

@@ -207,3 +207,28 @@ def test_memory_formats(layout: str) -> None:
     got = run_kernel(Problem(views[layout], target))
     want = run_kernel(Problem(views[layout].contiguous(), target))
     assert same_bits(got["loss"], want["loss"]) and same_bits(got["dlogits"], want["dlogits"])
+
+
+@every_form
+@pytest.mark.parametrize("probabilities", [False, True], ids=["indices", "probabilities"])
+def test_one_margin_for_all_classes(shape: tuple[int, ...], probabilities: bool) -> None:
+    """A 0-d target_margin m takes m t off the logits: F.cross_entropy of s (f - m t), value and gradients."""
+    logits, target, _ = make(shape, 0, probabilities, torch.float64)
+    logits.requires_grad_()
+    dim = 0 if len(shape) == 1 else 1
+    t = target if probabilities else torch.movedim(F.one_hot(target, shape[dim]), -1, dim)
+    for scale in (2.5, torch.tensor(2.5, dtype=torch.float64, requires_grad=True)):
+        margin = torch.tensor(0.4, dtype=torch.float64, requires_grad=True)
+        leaves = [logits, margin, *([scale] if isinstance(scale, Tensor) else [])]
+        got = LF.margin_cross_entropy(logits, target, target_margin=margin, scale=scale)
+        want = F.cross_entropy(scale * (logits - margin * t), target)
+        torch.testing.assert_close(got, want)
+        for a, b in zip(torch.autograd.grad(got, leaves), torch.autograd.grad(want, leaves), strict=True):
+            torch.testing.assert_close(a, b)
+
+
+def test_one_margin_for_all_classes_of_a_classifier() -> None:
+    features, classifier, target = torch.randn(6, 4), torch.randn(5, 4), torch.arange(6) % 5
+    got = LF.linear_margin_cross_entropy(features, classifier, target, target_margin=torch.tensor(0.4), scale=3.0)
+    logits = features @ classifier.T
+    torch.testing.assert_close(got, F.cross_entropy(3.0 * (logits - 0.4 * F.one_hot(target, 5)), target))

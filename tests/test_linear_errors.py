@@ -38,6 +38,15 @@ TARGET, PROBABILITIES = torch.arange(N) % C, torch.full((N, C), 1 / C)
 BAD: list[tuple[dict, type[Exception], tuple[str, ...]]] = [
     *(({"chunk_size": x}, ValueError, ("chunk_size", repr(x))) for x in (0, -1, True, 1.5, "big", None, [3], -(2**70))),
     *(({"cosine": x}, TypeError, ("cosine", type(x).__name__)) for x in (1, "yes", None, torch.tensor(True))),
+    *(({name: 1}, TypeError, (name, "expected a bool", "int")) for name in ("return_lse", "return_stats")),
+    *(
+        ({name: torch.ones(shape).to_sparse()}, TypeError, (name, "expected a dense tensor", "sparse"))
+        for name, shape in {"input": (N, D), "linear_weight": (C, D), "linear_bias": (C,), "weight": (C,)}.items()
+    ),
+    ({"target": torch.ones(N, C).to_sparse()}, TypeError, ("target", "expected a dense tensor", "sparse")),
+    ({"scale": 10**400}, ValueError, ("scale", "expected a finite number", "too large")),
+    ({"scale": 1e-50}, ValueError, ("scale", "above 0 in float32", "1e-50")),
+    ({"ignore_index": 2**70}, ValueError, ("ignore_index", "expected an int of 64 bits")),
     ({"cosine": True, "linear_bias": torch.ones(C)}, ValueError, ("linear_bias", "cosine")),
     ({"linear_bias": torch.ones(C + 1)}, ValueError, ("linear_bias", f"({C},)", f"{C + 1}")),
     ({"linear_bias": torch.ones(1, C)}, ValueError, ("linear_bias", f"({C},)")),
@@ -109,7 +118,7 @@ BAD_AUXILIARY: list[tuple[dict, type[Exception], tuple[str, ...]]] = [
 def describe(value: object) -> str | None:
     if not isinstance(value, dict):
         return ""
-    return "-".join(f"{k}={tuple(v.shape) if isinstance(v, Tensor) else v}" for k, v in value.items())
+    return "-".join(f"{k}={tuple(v.shape) if isinstance(v, Tensor) else str(v)[:20]}" for k, v in value.items())
 
 
 def raises(function: Callable, given: dict, exception: type[Exception], words: tuple[str, ...]) -> None:

@@ -374,7 +374,7 @@ def test_bad_integers(name: str, function: Callable, minimum: int) -> None:
             ValueError,
             "logit_bias: expected shape (C,) with at least one class, got ()",
         ),
-        ({"target_margin": torch.ones(2, 3)}, ValueError, "target_margin: expected shape (2,) with at least one"),
+        ({"target_margin": torch.ones(2, 3)}, ValueError, "target_margin: expected shape (2,) or () with at least"),
         ({"pairwise_margin": torch.ones(2, 3)}, ValueError, "pairwise_margin: expected shape (2, 2) with at least one"),
         ({"weight": torch.ones(0)}, ValueError, "weight: expected shape (C,) with at least one class, got (0,)"),
         (

@@ -150,6 +150,11 @@ METHODS = {
         lambda f, y, n: cosface(f, y, n, 0.35, 16.0),
         plain_if_balanced=False,
     ),
+    "cosface_of_any_number_of_classes": Method(
+        from_counts(lambda n: M.cosface(0.35, 16.0)),
+        lambda f, y, n: cosface(f, y, n, 0.35, 16.0),
+        plain_if_balanced=False,
+    ),
     "class_balanced": Method(
         lambda n, y: {"weight": M.class_balanced_weight(n, beta=0.999)}, lambda f, y, n: class_balanced(f, y, n, 0.999)
     ),

@@ -323,6 +323,14 @@ def test_set_epoch_without_schedule_does_nothing() -> None:
         (lambda: lnn.CosineLinear(0, 3), ValueError, "^in_features: expected at least 1, got 0"),
         (lambda: lnn.CosineLinear(3, 2.0), TypeError, "^out_features: expected an integer, got float"),
         (lambda: lnn.CosineLinear(3, 2, eps=0), ValueError, "^eps: expected a finite number > 0, got 0"),
+        (lambda: lnn.CosineLinear(2, 3)(torch.ones(4, 5)), ValueError, r"^input: .*\(\.\.\., 2\), got \(4, 5\)"),
+        (lambda: lnn.CosineLinear(2, 3)(torch.tensor(1.0)), ValueError, r"^input: expected shape .*, got \(\)"),
+        (lambda: lnn.CosineLinear(2, 3)(torch.ones(4, 2).long()), TypeError, "^input: expected a float.*torch.int64"),
+        (lambda: lnn.CosineLinear(2, 3)([1.0, 2.0]), TypeError, "^input: expected a floating Tensor, got list"),
+        *(
+            (lambda x=x: lnn.LogitAdjustedLoss(COUNTS, ignore_index=x), error, f"^ignore_index: expected an int.*{got}")
+            for x, error, got in (("a", TypeError, "str"), (1.5, TypeError, "float"), (2**70, ValueError, "72"))
+        ),
     ],
 )
 def test_errors(make: Callable, error: type[Exception], message: str) -> None:

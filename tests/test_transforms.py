@@ -152,12 +152,22 @@ def test_compiled_call_checks_values() -> None:
         compiled(logits, target)
 
 
-def test_compiled_gradient_penalty_raises() -> None:
+@pytest.mark.parametrize(
+    ("backend", "message"),
+    [
+        (
+            "eager",
+            "^ltkernels: margin_cross_entropy can be differentiated once only; .*BACKEND=reference computes them",
+        ),
+        ("aot_eager", "aot_autograd does not currently support double backward"),  # torch's own, before ours
+    ],
+)
+def test_compiled_gradient_penalty_raises(backend: str, message: str) -> None:
     torch.compiler.reset()
-    compiled = torch.compile(mean_loss, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(mean_loss, fullgraph=True, backend=backend)
     logits, target = make()
     (gradient,) = torch.autograd.grad(compiled(logits.requires_grad_(), target), logits, create_graph=True)
-    with pytest.raises(RuntimeError):
+    with pytest.raises(RuntimeError, match=message):
         gradient.square().sum().backward()
 
 
@@ -263,7 +273,7 @@ def has_results(features: dict) -> bool:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("features", covering_set(OPCHECK, has_results)[::2], ids=describe)
+@pytest.mark.parametrize("features", covering_set(OPCHECK, has_results), ids=describe)
 def test_opcheck(features: dict) -> None:
     """torch's own checks of schema, autograd registration, fake kernels and compilation, for every operator."""
     ops = torch.ops.ltkernels
@@ -272,6 +282,8 @@ def test_opcheck(features: dict) -> None:
     arguments = operator_arguments(features, requires_grad=False)
     for with_grad in (False, True):
         torch.library.opcheck(ops.margin_softmax_fwd.default, (*arguments, with_grad))
+    logits = arguments[0].contiguous()  # whose rows are to be written to
+    torch.library.opcheck(ops.margin_softmax_fwd_.default, (logits, *arguments[1:]))
     loss, stats, _ = ops.margin_softmax_fwd(*arguments, False)
     grads = 3 if arguments[1].is_floating_point() else 7
     lse = torch.ones_like(stats[0]) if features["lse"] == "lse" else None
@@ -304,7 +316,7 @@ def test_autocast(name: str) -> None:
     got = layer.weight.grad.clone()
     layer.weight.grad = None
     definition(layer(features), target, **options).backward()
-    torch.testing.assert_close(got, layer.weight.grad, rtol=0.02, atol=0.02)
+    torch.testing.assert_close(got, layer.weight.grad, rtol=0.02, atol=2e-3)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         exact = LF.margin_cross_entropy(*make(dtype=torch.float32))
     assert torch.equal(exact, LF.margin_cross_entropy(*make(dtype=torch.float32)))

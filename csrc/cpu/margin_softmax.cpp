@@ -244,9 +244,12 @@ void margin_softmax_scale_(at::Tensor grad, const at::Tensor& grad_output) {
   if (std::isfinite(factor)) {
     grad.mul_(grad_output);
   } else {
-    // Removed classes and ignored rows stay at 0.
-    const at::Tensor zero = grad.eq(0);
-    grad.mul_(grad_output).masked_fill_(zero, 0);
+    // Removed classes and ignored rows stay at 0. In pieces: the gradient may be all that fits the memory.
+    const at::Tensor flat = grad.is_contiguous() ? grad.view({-1}) : grad;
+    for (at::Tensor& part : flat.split(int64_t(1) << 18)) {
+      const at::Tensor zero = part.eq(0);
+      part.mul_(grad_output).masked_fill_(zero, 0);
+    }
   }
 }
 

@@ -1,0 +1,77 @@
+"""Peak memory of a forward and backward pass beyond inputs and the gradient that it returns, in N x C matrices."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+
+import pytest
+
+PROGRAM = """
+import ctypes, json
+from pathlib import Path
+import torch, ltkernels.functional as LF
+
+torch.set_num_threads(1)
+ctypes.CDLL(None).mallopt(-3, 1 << 16)  # M_MMAP_THRESHOLD: what malloc keeps must not hide what is used
+
+def status(field):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field + ":"))
+
+def plain(x, loss):
+    loss.backward()
+
+def half(x, loss):
+    (loss * 0.5).backward()
+
+def infinite(x, loss):
+    (loss * torch.inf).backward()
+
+def retained(x, loss):
+    (loss * 0.5).backward(retain_graph=True)
+
+def with_graph(x, loss):
+    torch.autograd.grad(loss * 0.5, x, create_graph=True)
+
+def rows(x, loss):
+    loss.sum().backward()
+
+def peak(backward, shape, order=None, **options):
+    x = torch.randn(shape)
+    x = (x if order is None else x.permute(order)).requires_grad_()
+    y = torch.randint(x.shape[1], (x.shape[0], *x.shape[2:]))
+    Path("/proc/self/clear_refs").write_text("5")  # VmHWM := VmRSS
+    before = status("VmRSS")
+    backward(x, LF.margin_cross_entropy(x, y, **options))
+    return (status("VmHWM") - before) / x.nbytes - 1
+
+N, C = 4096, 1000
+cases = {
+    "plain": (plain, (N, C), None, {}),
+    "half": (half, (N, C), None, {}),
+    "infinite": (infinite, (N, C), None, {}),
+    "retained": (retained, (N, C), None, {}),
+    "with_graph": (with_graph, (N, C), None, {}),
+    "rows": (rows, (N, C), None, {"reduction": "none"}),
+    "transposed": (plain, (C, N), (1, 0), {}),
+    "images": (plain, (4, C, N // 4), None, {}),
+}
+for backward, shape, order, options in cases.values():
+    peak(backward, [min(size, 16) for size in shape], order, **options)  # what is loaded and allocated once
+print(json.dumps({name: peak(*case[:3], **case[3]) for name, case in cases.items()}))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_no_matrix_beyond_the_gradient(run_python: Callable[..., str]) -> None:
+    peaks = json.loads(run_python("-c", PROGRAM))
+    for name in ("plain", "half", "infinite", "rows"):
+        assert peaks[name] < 0.15, peaks
+    # A graph that is kept keeps the gradient of the forward pass; the returned one is a copy, and that is all.
+    for name in ("retained", "with_graph"):
+        assert peaks[name] < 1.15, peaks
+    # Rows whose classes are apart in memory are copied once.
+    for name in ("transposed", "images"):
+        assert peaks[name] < 1.15, peaks
