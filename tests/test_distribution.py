@@ -83,8 +83,7 @@ def test_a_wheel_of_the_source_archive_works(sdist: Path, tracked: list[str], tm
     run([target / "bin" / "ltkernels", "doctor"], empty, PYTHONPATH=str(target))
 
     # The archive's own tests, on the installed wheel: -P keeps the source beside them off the path.
-    with tarfile.open(sdist) as archive:
-        archive.extractall(tmp_path, filter="data")
+    shutil.unpack_archive(sdist, tmp_path)
     (unpacked,) = tmp_path.glob("ltkernels-*")
     tests = [sys.executable, "-P", "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_errors.py"]
     assert " passed" in run(tests, unpacked, PYTHONPATH=str(target))

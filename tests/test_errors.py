@@ -19,6 +19,10 @@ N, C = 4, 7
 NAN, INF = math.nan, math.inf
 LOGITS = torch.randn(N, C, generator=torch.Generator().manual_seed(0))
 TARGET = torch.arange(N)
+FLOATING = [
+    *(("weight", (C,)), ("logit_scale", (C,)), ("logit_bias", (C,)), ("target_margin", (C,))),
+    *(("pairwise_margin", (C, C)), ("sample_weight", (N,))),
+]
 IMAGE = {"input": torch.randn(N, C, 5), "target": torch.zeros(N, 5, dtype=torch.long)}
 
 
@@ -124,14 +128,7 @@ DTYPES = [
     Bad({"mask": torch.ones(C)}, TypeError, ("mask", "expected dtype bool", "got Float")),
     *(
         Bad({name: torch.ones(shape, dtype=torch.long)}, TypeError, (name, "expected a floating dtype", "got Long"))
-        for name, shape in [
-            ("weight", (C,)),
-            ("logit_scale", (C,)),
-            ("logit_bias", (C,)),
-            ("target_margin", (C,)),
-            ("pairwise_margin", (C, C)),
-            ("sample_weight", (N,)),
-        ]
+        for name, shape in FLOATING
     ),
     *(
         Bad({name: [1.0] * C}, TypeError, (name, "expected a Tensor", "got list"))
@@ -169,16 +166,7 @@ LAYOUTS = [
     Bad({"mask": SPARSE.bool()}, TypeError, ("mask", DENSE, "parse")),
     *(
         Bad({name: torch.ones(shape).to_sparse()}, TypeError, (name, DENSE, "parse"))
-        for name, shape in [
-            ("weight", (C,)),
-            ("logit_scale", (C,)),
-            ("logit_bias", (C,)),
-            ("target_margin", (C,)),
-            ("pairwise_margin", (C, C)),
-            ("sample_weight", (N,)),
-            ("scale", ()),
-            ("target_margin", ()),
-        ]
+        for name, shape in [*FLOATING, ("scale", ()), ("target_margin", ())]
     ),
 ]
 
