@@ -38,7 +38,8 @@ def draw(results: Results, path: Path) -> None:
 def _bars(axes: Axes, values: dict[str, float], form: str) -> None:
     for i, (name, value) in enumerate(values.items()):
         axes.bar(i, value, 0.6, color=COLORS[name])
-        axes.annotate(form.format(value), (i, value), xytext=(0, 3), textcoords="offset points", ha="center")
+        # At the foot, where no target is.
+        axes.annotate(form.format(value), (i, 0), xytext=(0, 5), textcoords="offset points", ha="center", color="white")
     axes.set_xticks(range(len(values)), [f"{LABELS[name]}\n{PRECISIONS[name]}" for name in values])
     axes.set_xlim(-0.7, max(0.7, len(values) - 0.3))
     axes.margins(y=0.15)
