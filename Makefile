@@ -19,6 +19,8 @@ ifneq ($(ASKED_BEFORE),)
 ifneq ($(ASKED_BEFORE),$(TORCH))
 .PHONY: $(VENV)/.torch
 endif
+else ifneq ($(wildcard $(VENV)/.torch),)
+$(info TORCH=$(TORCH) is not installed: $(VENV) has a torch of its own, remove it to install another)
 endif
 endif
 
@@ -37,6 +39,7 @@ test-dist: setup
 setup: $(READY)
 
 $(VENV)/.torch:
+	rm -f $@ $(READY)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet "$(TORCH)" numpy
 	@# Triton below 3.7, which torch 2.11 brings, interprets only with numpy below 2.4.

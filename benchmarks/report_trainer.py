@@ -185,8 +185,8 @@ def _difference(difference: dict[str, Any] | None) -> str:
     verdict = "which does not contain 0: **they differ**"
     if low <= 0 <= high:
         verdict = (
-            "which contains 0: equal within noise, where a difference of more than "
-            f"{max(-low, high):.1f} points would have been noticed"
+            f"which contains 0: equal within noise; differences below {low:+.1f} and above {high:+.1f} points are "
+            "excluded"
         )
     return (
         f" The difference, ltkernels minus the plain loop, is {difference['mean']:+.2f} points with a 95 % t-interval "

@@ -63,7 +63,8 @@ def load(paths: Iterable[Path]) -> dict[str, Results]:
             if _hardware(before.machine) != _hardware(one.machine):
                 raise ResultsError(f"{path}: measured elsewhere or with another torch than the files before it")
             before.cases |= one.cases
-            revisions = dict.fromkeys(of.machine.get("revision") or "unknown" for of in (before, one))
+            found = (name for of in (before, one) for name in (of.machine.get("revision") or "unknown").split(", "))
+            revisions = dict.fromkeys(found)
             if len(revisions) > 1:
                 before.machine["revision"] = ", ".join(revisions)
     if not results:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from numbers import Integral, Rational, Real
 
 import torch
@@ -196,10 +197,10 @@ def fold_scale(
     if values is None:
         scale = torch.where(scale > 0, scale, torch.nan)  # nothing to read without a synchronisation, or at all
     else:
-        bad = values[~((values > 0) & (values < torch.inf))]
-        if bad.numel() > 0:
-            expected = f"values above 0 in {acc}" if bad[0].isfinite() else "finite values"
-            raise ValueError(f"scale: expected {expected}, got {bad[0].item():g}")
+        for value in (values.item(),) if values.dim() == 0 else values.flatten().tolist():
+            if not 0 < value < math.inf:
+                expected = f"values above 0 in {acc}" if math.isfinite(value) else "finite values"
+                raise ValueError(f"scale: expected {expected}, got {value:g}")
     folded_scale = scale if logit_scale is None else scale * logit_scale.to(acc)
     return folded_scale, None if target_margin is None else scale * target_margin.to(acc)
 

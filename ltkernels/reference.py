@@ -59,8 +59,10 @@ def margin_softmax(
     if indices:
         target = target.long()  # ignore_index does not fit every integer dtype
         kept = target != ignore_index
-        y = torch.where(kept, target, 0)
+        known = (target >= 0) & (target < classes)
+        y = torch.where(kept & known, target, 0)
         t = (y[:, None] == torch.arange(classes, device=logits.device)).to(acc)
+        t = torch.where((kept & ~known)[:, None], torch.nan, t)  # no class: NaN where no error can be raised
     else:
         kept = torch.ones(rows, dtype=torch.bool, device=logits.device)
         t = target.to(acc)
@@ -187,6 +189,7 @@ def contrastive(
     """
     acc = torch.float64 if query.dtype == torch.float64 else torch.float32
     q, tau = query.to(acc), temperature.to(acc)[:, None]
+    tau = torch.where(tau > 0, tau, torch.nan)  # as the kernels, where no error can be raised
     k = q if key is None else key.to(acc)
     if labels is not None:
         labels = labels.long()

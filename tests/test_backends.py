@@ -68,3 +68,31 @@ def test_reference_gives_the_same_errors(run_python: Callable[..., str]) -> None
 def test_unknown_backend(run_python: Callable[..., str]) -> None:
     error = run_python("-c", "import ltkernels.functional", LTKERNELS_BACKEND="cudnn", fails=True)
     assert "ImportError: LTKERNELS_BACKEND: expected one of auto, reference, got 'cudnn'" in error
+
+
+UNREAD = """
+import torch
+import ltkernels.functional as LF
+
+logits = torch.randn(4, 5, requires_grad=True)
+for number in (9, -1):
+    target = torch.tensor([0, 1, 2, number])
+    for reduction in ("none", "sum", "mean"):
+        loss = torch.compile(LF.margin_cross_entropy, backend="eager")(logits, target, reduction=reduction)
+        finite = loss.isfinite().tolist()
+        assert finite == ([True, True, True, False] if reduction == "none" else False), (reduction, loss)
+    (grad,) = torch.autograd.grad(loss, logits)
+    assert grad[3].isnan().any(), grad
+
+
+def contrasted(z, tau):
+    return LF.contrastive_loss(z, temperature=tau, positive_index=LF.view_pairs(4))
+
+
+loss = torch.compile(contrasted, backend="eager")(torch.randn(4, 3), torch.tensor(-0.1))
+assert loss.isnan(), loss
+"""
+
+
+def test_the_definition_gives_no_number_for_values_that_nobody_reads(run_python: Callable[..., str]) -> None:
+    run_python("-c", UNREAD, LTKERNELS_BACKEND="reference")

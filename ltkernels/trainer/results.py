@@ -255,7 +255,12 @@ def merge(old: Results, new: Results) -> Results:
         if before is not None and before["last"] == values["last"]:
             values = values | {
                 "post_hoc": before["post_hoc"] | values["post_hoc"],
-                "post_hoc_settings": (before.get("post_hoc_settings") or {}) | (values.get("post_hoc_settings") or {}),
+                "post_hoc_settings": {
+                    name: settings
+                    for run in (before, values)
+                    for name, settings in (run.get("post_hoc_settings") or {}).items()
+                    if run is values or name not in values["post_hoc"]
+                },
                 "elm": values["elm"] or before["elm"],
             }
         runs[name] = values

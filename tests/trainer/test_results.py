@@ -182,7 +182,7 @@ def test_the_same_run_keeps_what_it_had(entry):
     assert run["post_hoc"] == {"crt": {"overall": 3.0}, "lws": {"overall": 2.0}}
     assert run["post_hoc_settings"] == entry["post_hoc_settings"]
     (run,) = results.merge(of(a=old), of(a=new | {"post_hoc_settings": {}}))["runs"].values()
-    assert run["post_hoc_settings"] == entry["post_hoc_settings"]
+    assert run["post_hoc_settings"] == {"tau-norm": {"norm_tau": 1.0}}  # those of other scores say nothing of these
 
 
 def test_two_at_once_lose_nothing(entry, tmp_path):

@@ -260,6 +260,8 @@ def goal(section: Section, line: Line) -> str:
     seeds = min(len(line.seeds), len(wanted.other.seeds) if wanted.other else FEWEST_SEEDS)
     if seeds < FEWEST_SEEDS:
         return f"not decided ({seeds} seed{'s' * (seeds > 1)})"
+    if wanted.other and {run.pair for run in wanted.other.runs} != {run.pair for run in line.runs}:
+        return f"not decided (other runs than {wanted.other.title})"
     return wanted.verdict(mean(line.values("overall")))
 
 
