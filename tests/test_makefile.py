@@ -48,7 +48,9 @@ def test_a_second_call_reuses_what_is_there(tmp_path: Path, stamp: str) -> None:
 
 @pytest.mark.parametrize("stamp", ["", f"{OTHER}\n"], ids=["touched", "the_same"])
 def test_the_torch_that_is_there_is_kept(tmp_path: Path, stamp: str) -> None:
-    assert "pip install" not in commands(installed(tmp_path / "venv", stamp), f"TORCH={OTHER}")
+    run = commands(installed(tmp_path / "venv", stamp), f"TORCH={OTHER}")
+    assert "pip install" not in run
+    assert (f"TORCH={OTHER} is not installed" in run) == (stamp == "")
 
 
 @pytest.mark.parametrize("torch", [OTHER, "torch>=2.12"])

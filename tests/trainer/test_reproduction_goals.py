@@ -67,6 +67,10 @@ def test_the_goal_of_logit_adjustment_waits_for_what_it_is_compared_with(tmp_pat
     stored.save(tmp_path / "results", "supervised-cifar100", "full", few | many)
     found = {row["method"]: row["goal"] for row in rows(report(tmp_path)[0])}
     assert found["logit adj."] == "not decided (1 seed)"
+    other = stored.supervised(tmp_path / "results", arms=("ce",), tier="full", subset_seeds=(0, 1))
+    stored.save(tmp_path / "results", "supervised-cifar100", "full", other | many)
+    found = {row["method"]: row["goal"] for row in rows(report(tmp_path)[0])}
+    assert found["logit adj."] == "not decided (other runs than CE)"
 
 
 def test_numbers_for_other_class_counts_are_not_put_beside_ours(tmp_path, quick):
