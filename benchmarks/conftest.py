@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import platform
 import re
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -19,6 +18,7 @@ from benchmarks.families import FAMILIES
 from benchmarks.interleave import Effort
 from benchmarks.problems import Case
 from benchmarks.suite import LeftOut, Suite
+from ltkernels.trainer.runfolder import revision
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -137,7 +137,7 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
         pytorch_metric_learning=_version("pytorch-metric-learning"),
         lightly=_version("lightly"),
         date=datetime.now(UTC).strftime("%Y-%m-%d"),
-        revision=_revision(),
+        revision=revision(Path(__file__).parents[1]),
         quick=config.option.quick,
     )
 
@@ -148,18 +148,6 @@ def _processor() -> str:
         if match:
             return match[1].strip()
     return platform.processor() or platform.machine()
-
-
-def _revision() -> str | None:
-    """The commit that is measured, with ``-dirty`` where files were changed; None outside of git."""
-    root = Path(__file__).parents[1]
-    if not (root / ".git").exists():
-        return None
-    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=30).stdout.strip() or None
-    except (OSError, subprocess.TimeoutExpired):
-        return None
 
 
 def _huge_pages() -> str | None:

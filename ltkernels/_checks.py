@@ -70,11 +70,9 @@ def check_margin_tensor(name: str, tensor: Tensor, classes: int | None) -> None:
         raise TypeError(f"{name}: expected a floating Tensor, got {kind_of(tensor)}")
     classes = classes or None  # no class at all agrees with no shape
     vector = [(classes,), ()]
-    shapes_of = {
-        **{"scale": [()], "logit_scale": vector, "target_margin": vector},
-        "pairwise_margin": [(classes, classes)],
-    }
-    shapes = shapes_of.get(name, [(classes,)])
+    shapes_of = {"scale": [()], "logit_scale": vector, "target_margin": vector}
+    shapes_of["pairwise_margin"] = [(classes, classes)]
+    shapes = shapes_of.get(name, vector[:1])
     if tensor.shape not in shapes:
         expected = " or ".join(map(str, shapes)).replace("None", "C")
         raise ValueError(f"{name}: expected shape {expected} with at least one class, got {tuple(tensor.shape)}")

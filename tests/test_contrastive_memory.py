@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import pytest
 from contrastive_oracle import KERNEL
+from peak_memory import PRELUDE
 
 from ltkernels import nn as lnn
 
@@ -16,18 +17,12 @@ pytestmark = [
     pytest.mark.skipif(not KERNEL, reason="the definition holds the matrix of similarities"),
 ]
 
-MEMORY = """
-import ctypes, json, sys
-from pathlib import Path
-import torch, ltkernels.functional as LF
+MEMORY = (
+    PRELUDE
+    + """
 from ltkernels import nn as lnn
 
 torch.set_num_threads(2)
-ctypes.CDLL(None).mallopt(-3, 1 << 16)  # M_MMAP_THRESHOLD: what malloc keeps must not hide what is used
-
-def status(field):
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field + ":"))
 
 def module(kind, rows):
     # And what it is called with besides the embeddings.
@@ -52,8 +47,7 @@ def peak(rows, kind, width=16):
     z = torch.randn(rows, width, generator=generator).requires_grad_()
     if "Loss" in kind:
         criterion, arguments = module(kind, rows)
-        Path("/proc/self/clear_refs").write_text("5")
-        before = status("VmRSS")
+        before = resident()
         criterion(z, *arguments).backward()
         return status("VmHWM") - before
     tau = torch.full((rows,), 0.5).requires_grad_()
@@ -63,8 +57,7 @@ def peak(rows, kind, width=16):
         options |= {"key_bias": torch.zeros(2 * rows).requires_grad_(), "allowed": torch.arange(2 * rows) % 9 > 0}
     elif kind != "all":
         options |= {"denominator": kind, "reduction": "none"}
-    Path("/proc/self/clear_refs").write_text("5")  # VmHWM := VmRSS
-    before = status("VmRSS")
+    before = resident()
     loss, stats = LF.contrastive_loss(z, **options, return_stats=True)
     loss.sum().backward()
     return status("VmHWM") - before
@@ -74,6 +67,7 @@ for kind in kinds:
     peak(300, kind)
 print(json.dumps({kind: [peak(rows, kind) for rows in sizes] for kind in kinds}))
 """
+)
 
 
 MODULES = [

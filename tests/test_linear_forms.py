@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from oracle import definition
+from peak_memory import PRELUDE
 from torch import Tensor
 
 import ltkernels.functional as LF
@@ -143,23 +144,15 @@ def test_no_features_at_all() -> None:
 
 # -------------------------------------------------------------------------------------------------------------- memory
 
-MEMORY = """
-import ctypes, json
-from pathlib import Path
-import torch, ltkernels.functional as LF
-
+MEMORY = (
+    PRELUDE
+    + """
 torch.set_num_threads(1)
-ctypes.CDLL(None).mallopt(-3, 1 << 16)  # M_MMAP_THRESHOLD: what malloc keeps must not hide what is used
-
-def status(field):
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field + ":"))
 
 def peak(n, c, d, dtype=torch.float32, **options):
     x, w = torch.randn(n, d).to(dtype).requires_grad_(), torch.randn(c, d).to(dtype).requires_grad_()
     y = torch.randint(c, (n,))
-    Path("/proc/self/clear_refs").write_text("5")  # VmHWM := VmRSS
-    before = status("VmRSS")
+    before = resident()
     out = LF.linear_margin_cross_entropy(x, w, y, **options)
     (out if isinstance(out, torch.Tensor) else out[0]).sum().backward()
     gradients = sum(leaf.grad.nbytes for leaf in (x, w))
@@ -173,6 +166,7 @@ shares.append(peak(1024, 20000, 32, torch.bfloat16, chunk_size=32))
 shares.append(peak(4096, 20000, 8))
 print(json.dumps(shares))
 """
+)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")

@@ -7,18 +7,12 @@ import sys
 from collections.abc import Callable
 
 import pytest
+from peak_memory import PRELUDE
 
-PROGRAM = """
-import ctypes, json
-from pathlib import Path
-import torch, ltkernels.functional as LF
-
+PROGRAM = (
+    PRELUDE
+    + """
 torch.set_num_threads(1)
-ctypes.CDLL(None).mallopt(-3, 1 << 16)  # M_MMAP_THRESHOLD: what malloc keeps must not hide what is used
-
-def status(field):
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field + ":"))
 
 def plain(x, loss):
     loss.backward()
@@ -42,8 +36,7 @@ def peak(backward, shape, order=None, **options):
     x = torch.randn(shape)
     x = (x if order is None else x.permute(order)).requires_grad_()
     y = torch.randint(x.shape[1], (x.shape[0], *x.shape[2:]))
-    Path("/proc/self/clear_refs").write_text("5")  # VmHWM := VmRSS
-    before = status("VmRSS")
+    before = resident()
     backward(x, LF.margin_cross_entropy(x, y, **options))
     return (status("VmHWM") - before) / x.nbytes - 1
 
@@ -62,6 +55,7 @@ for backward, shape, order, options in cases.values():
     peak(backward, [min(size, 16) for size in shape], order, **options)  # what is loaded and allocated once
 print(json.dumps({name: peak(*case[:3], **case[3]) for name, case in cases.items()}))
 """
+)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
