@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 import ltkernels.functional as LF
+from ltkernels import _ops
 from ltkernels._checks import integer, kind_of
 from ltkernels._contrastive_loss import ContrastiveLossModule, as_int64, check_labels, shown
 from ltkernels.reference import directions
@@ -84,7 +85,7 @@ class MoCoLoss(ContrastiveLossModule):
         """
         query, key = self._entry("query", query), self._entry("key", key.detach() if isinstance(key, Tensor) else key)
         dtype = query.dtype
-        if query.is_cuda and dtype == torch.float32 and self.queue.dtype.itemsize == 2:
+        if query.is_cuda and _ops.uses_kernel(query) and dtype == torch.float32 and self.queue.dtype.itemsize == 2:
             dtype = self.queue.dtype
         query, key, queue = query.to(dtype), key.to(dtype), self.queue.to(dtype)
         if key.shape != query.shape:

@@ -169,6 +169,13 @@ def covering_set(
     return chosen
 
 
+def one_at_a_time(features: dict[str, tuple] = FEATURES, **plain: object) -> list[dict]:
+    """The plainest problem, of the first value of each feature or that in ``plain``, and all that differ in one."""
+    first = {name: values[0] for name, values in features.items()} | plain
+    others = [first | {name: value} for name, values in features.items() for value in values if value != first[name]]
+    return [features for features in (first, *others) if possible(features)]
+
+
 def _pairs_of(features: dict[str, tuple]) -> Iterator[tuple]:
     for (name, values), (other, other_values) in itertools.combinations(features.items(), 2):
         for value, other_value in itertools.product(values, other_values):

@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 import torch
 from oracle import Problem, Results, deviations, upstream_of
-from problems import FEATURES, covering_set, make_problem
+from problems import FEATURES, covering_set, make_problem, one_at_a_time
 from torch import Tensor
 
 SOURCES = Path(__file__).parents[1] / "csrc" / "cpu"
@@ -107,6 +107,19 @@ FAULTS: dict[str, tuple[str, str]] = {
     "exp without its second constant": ("x[k] - n[k] * c.ln2_low;", "x[k];"),
     "exp wrong in the 5th digit": ("4.1668388993e-2f", "4.1e-2f"),
     "exp of NaN is a number": ("larger(c.lowest, x[k]);", "larger(x[k], c.lowest);"),
+    "groups of three left out": ("j += 3 * W) step(j, Number<3>());", "j += 3 * W) {}"),
+    "single vectors left out": ("j += W) step(j, Number<1>());", "j += W) {}"),
+    "the pair after pairs of pairs left out": (
+        "  if (j + kPair <= size) {\n    step(j);",
+        "  if (j + kPair <= size) {",
+    ),
+    "a mask is no option": ("= p.mask != nullptr || p.pairwise", "= p.pairwise"),
+    "a pairwise margin is no option": ("|| p.pairwise != nullptr || p.neighbor", "|| p.neighbor"),
+    "neighbors are no option": ("|| p.neighbor_offsets != nullptr ||", "||"),
+    "a margin is no option": ("p.margin != nullptr || p.scaled", "p.scaled"),
+    "a scale is no option": ("|| p.scaled != nullptr || p.weight", "|| p.weight"),
+    "a class weight is no option": ("|| p.weight != nullptr ||", "||"),
+    "a sample weight is no option": ("p.sample_weight != nullptr;\n  if (has", "false;\n  if (has"),
     "half of the vectors in the sum": ("sums[k % 2] += e[k];", "sums[k % 2] = sums[0] + e[k];"),
     "the last rows without a logarithm": ("sums[i] = log_of_sums<A>(broadcast<A>(sums[i]))[0];", ";"),
     "the logarithm of NaN is a number": ("return x > 0 ? log_positive(", "return true ? log_positive("),
@@ -253,6 +266,7 @@ SMALL = FEATURES | {
 def problems() -> list[Problem]:
     """Problems of the suite that the driver can run, and two of its edge cases."""
     chosen = [make_problem(features, seed) for seed in range(3) for features in covering_set(SMALL, seed=seed)]
+    chosen += [make_problem(features) for features in one_at_a_time(SMALL, rows=5, classes=30)]
     # The gradient of a sample weight is the autograd node's work, and so is the mean over no rows.
     names = [tuple(name for name in problem.requires_grad if name != "sample_weight") for problem in chosen]
     chosen = [replace(problem, requires_grad=kept) for problem, kept in zip(chosen, names, strict=True)]

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from oracle import Problem, check, definition, deviation, evaluate, upstream_of
-from problems import FEATURES, covering_set, describe, make_problem, possible
+from problems import FEATURES, covering_set, describe, make_problem, one_at_a_time, possible
 
 import ltkernels.functional as LF
 from ltkernels import _ops
@@ -23,6 +24,12 @@ VARIANTS = {"default": True, "avx2": "avx2" in CPU_FLAGS, "avx512": "avx512bw" i
 
 @pytest.mark.parametrize("features", covering_set(), ids=describe)
 def test_every_pair_of_features(features: dict) -> None:
+    check(make_problem(features))
+
+
+@pytest.mark.parametrize("features", one_at_a_time(rows=19, classes=100, grads="grad_logits"), ids=describe)
+def test_each_feature_alone(features: dict) -> None:
+    """What pairs hide: a fault in one option that every other option in its company makes up for."""
     check(make_problem(features))
 
 
@@ -42,6 +49,19 @@ EXAMPLES = 1000 if "ATEN_CPU_CAPABILITY" in os.environ else 3000  # the others r
 @example(features=PLAIN | {"rows": 5, "classes": 3, "content": "minus_inf"}, seed=0)
 def test_random_options(one_thread: None, features: dict, seed: int) -> None:
     check(make_problem(features, seed))
+
+
+@pytest.mark.variants
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("classes", [10, 64, 100])
+def test_sixteen_bit_gradients_are_rounded_to_nearest(dtype: torch.dtype, classes: int) -> None:
+    """All but those whose exact value lies within float32's errors of the middle between two numbers."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(512, classes, generator=generator).to(dtype).requires_grad_()
+    target, bias = torch.randint(classes, (512,), generator=generator), torch.randn(classes, generator=generator)
+    (got,) = torch.autograd.grad(LF.margin_cross_entropy(logits, target, logit_bias=bias), logits)
+    exact = F.one_hot(target, classes).double().neg_().add_((logits.double() + bias).softmax(1)).div_(512)
+    assert (got == exact.to(dtype)).double().mean() > 0.998
 
 
 @pytest.mark.variants

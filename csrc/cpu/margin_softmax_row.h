@@ -52,15 +52,14 @@ LTK_INLINE A load_adjusted(const T* logits, const MarginSoftmaxArgs<A>& p, A* v)
     return x;
   };
   Vec<A> other = top;
-  int64_t j = 0;
-  for (; j + 2 * W <= C; j += 2 * W) {
+  int64_t j = for_each_pair<A>(C, [&](int64_t j) __attribute__((always_inline)) {
     const auto [low, high] = load_pair(logits + j);
     const Vec<A> x = adjust(low, j), y = adjust(high, j + W);
     store(v + j, x);
     store(v + j + W, y);
     top = larger(x, top);
     other = larger(y, other);
-  }
+  });
   if (j + W <= C) {
     const Vec<A> x = adjust(load(logits + j), j);
     store(v + j, x);
@@ -212,15 +211,15 @@ LTK_INLINE A load_row(const MarginSoftmaxArgs<A>& p, int64_t i, A* v, A* t) {
 struct Prefetch {
   const char* load;   // the logits of the next row
   const char* store;  // the gradient of this row
-  int64_t element_size;
 
-  // The lines that hold elements [j, j + 2 W).
-  template <bool kStore, int64_t kElements>
+  // The lines that hold kElements of kSize bytes each from element j on.
+  template <bool kStore, int64_t kElements, int64_t kSize>
   LTK_INLINE void lines(int64_t j) const {
-#pragma GCC unroll 4
-    for (int64_t k = 0; k < kElements; k += 16) {
-      __builtin_prefetch(load + (j + k) * element_size, 0, 2);
-      if constexpr (kStore) __builtin_prefetch(store + (j + k) * element_size, 1, 2);
+    constexpr int64_t kLine = 64;
+#pragma GCC unroll 8
+    for (int64_t k = 0; k < kElements * kSize; k += kLine) {
+      __builtin_prefetch(load + j * kSize + k, 0, 2);
+      if constexpr (kStore) __builtin_prefetch(store + j * kSize + k, 1, 2);
     }
   }
 };
@@ -230,9 +229,6 @@ template <typename A>
 LTK_INLINE bool is_narrow(const MarginSoftmaxArgs<A>& p) {
   return p.logits_type == ElementType::kBFloat16 || p.logits_type == ElementType::kHalf;
 }
-
-// Vectors whose exp is taken together.
-constexpr int kTogether = 4;
 
 // v -> exp(v - shift) of kVectors vectors, if kStore says so; their sum goes to two in turn.
 template <bool kStore, bool kNarrow, int kVectors, typename A>
@@ -249,15 +245,13 @@ LTK_INLINE void exp_sum_of(A* v, Vec<A> shift, Vec<A> (&sums)[2]) {
 
 template <bool kStore, bool kNarrow, typename A>
 LTK_INLINE A exp_sum_as(A* v, int64_t size, A shift, Prefetch prefetch) {
-  constexpr int64_t W = Simd<A>::kLanes, kGroup = kTogether * W;
   const Vec<A> m = broadcast<A>(shift);
   Vec<A> sums[2] = {};
-  int64_t j = 0;
-  for (; j + kGroup <= size; j += kGroup) {
-    prefetch.lines<kStore, kGroup>(j);
-    exp_sum_of<kStore, kNarrow, kTogether>(v + j, m, sums);
-  }
-  for (; j < size; j += W) exp_sum_of<kStore, kNarrow, 1>(v + j, m, sums);
+  for_each_group<A>(size, [&](int64_t j, auto number) __attribute__((always_inline)) {
+    constexpr int kVectors = decltype(number)::value;
+    prefetch.lines<kStore, kVectors * Simd<A>::kLanes, kNarrow ? 2 : sizeof(A)>(j);
+    exp_sum_of<kStore, kNarrow, kVectors>(v + j, m, sums);
+  });
   return lane_sum<A>(sums[0] + sums[1]);
 }
 
@@ -285,14 +279,12 @@ LTK_INLINE void softmax_of(A* v, Vec<A> shift, Vec<A> logsum) {
 
 template <bool kNarrow, typename A>
 LTK_INLINE void softmax_from_as(A* v, int64_t size, A shift, A logsum, Prefetch prefetch) {
-  constexpr int64_t W = Simd<A>::kLanes, kGroup = kTogether * W;
   const Vec<A> m = broadcast<A>(shift), l = broadcast<A>(logsum);
-  int64_t j = 0;
-  for (; j + kGroup <= size; j += kGroup) {
-    prefetch.lines<true, kGroup>(j);
-    softmax_of<kNarrow, kTogether>(v + j, m, l);
-  }
-  for (; j < size; j += W) softmax_of<kNarrow, 1>(v + j, m, l);
+  for_each_group<A>(size, [&](int64_t j, auto number) __attribute__((always_inline)) {
+    constexpr int kVectors = decltype(number)::value;
+    prefetch.lines<true, kVectors * Simd<A>::kLanes, kNarrow ? 2 : sizeof(A)>(j);
+    softmax_of<kNarrow, kVectors>(v + j, m, l);
+  });
 }
 
 template <typename A>
@@ -317,7 +309,9 @@ LTK_INLINE void store_scaled(const A* g, A k, bool finite, const A* scaled, int6
                    __attribute__((always_inline)) { return scaled == nullptr ? x * k : x * k * load(scaled + j); };
   int64_t j = 0;
   if (finite) {
-    for (; j + 2 * W <= C; j += 2 * W) store_pair(out + j, scale(load(g + j), j), scale(load(g + j + W), j + W));
+    j = for_each_pair<A>(C, [&](int64_t j) __attribute__((always_inline)) {
+      store_pair(out + j, scale(load(g + j), j), scale(load(g + j + W), j + W));
+    });
   }
   for (; j + W <= C; j += W) store(out + j, scale(load(g + j), j));
   if (j < C) {

@@ -155,11 +155,46 @@ LTK_INLINE void unrolled(F step) {
   for (int k = 0; k < kTimes; ++k) step(k);
 }
 
+// A number as a type, for arguments that must be constants.
+template <int kNumber>
+struct Number {
+  static constexpr int value = kNumber;
+};
+
+// Calls step(j) for the places j where two vectors begin, and returns where the last of them end.
+template <typename A, typename F>
+LTK_INLINE int64_t for_each_pair(int64_t size, F step) {
+  constexpr int64_t kPair = 2 * Simd<A>::kLanes;
+  int64_t j = 0;
+  for (; j + 2 * kPair <= size; j += 2 * kPair) {
+    step(j);
+    step(j + kPair);
+  }
+  if (j + kPair <= size) {
+    step(j);
+    j += kPair;
+  }
+  return j;
+}
+
+// Calls step(j, number) for vectors from j on whose exp is taken together: four, and towards the end three, as single
+// ones would wait for their own results.
+template <typename A, typename F>
+LTK_INLINE void for_each_group(int64_t size, F step) {
+  constexpr int64_t W = Simd<A>::kLanes;
+  const int64_t of_threes = 3 * W * (-(size / W) & 3);  // leaves a multiple of four
+  const int64_t of_fours = size - (of_threes <= size ? of_threes : 0);
+  int64_t j = 0;
+  for (; j + 4 * W <= of_fours; j += 4 * W) step(j, Number<4>());
+  for (; j + 3 * W <= size; j += 3 * W) step(j, Number<3>());
+  for (; j < size; j += W) step(j, Number<1>());
+}
+
 struct ExpConstants {
   using F = Vec<float>;
   static constexpr F all(float x) { return F{} + x; }
 
-  F lowest = all(-88.0f), per_ln2 = all(1.44269504f), rounder = all(12582912.0f);          // 1 / ln 2; 1.5 * 2^23
+  F lowest = all(-88.0f), per_ln2 = all(1.44269504f), rounder = all(12583039.0f);          // 1 / ln 2; 1.5 * 2^23 + 127
   F ln2 = all(0.69314718f), ln2_high = all(0.693359375f), ln2_low = all(-2.12194440e-4f);  // in two parts: Cody, Waite
   F one = all(1.0f);
   // Minimax polynomials for |x| <= ln 2 / 2, the highest power first, with errors of 3.6e-9 and 1.1e-7.
@@ -192,7 +227,7 @@ LTK_INLINE void exp_nonpositive(Vec<float> (&x)[kVectors]) {
   const ExpConstants& c = ExpConstants::get();
   F shifted[kVectors], n[kVectors], p[kVectors];
   each([&](int k) { x[k] = larger(c.lowest, x[k]); });  // in this order NaN stays NaN
-  // n = round(x / ln 2) ends up in the low mantissa bits of a sum with 1.5 * 2^23.
+  // n = round(x / ln 2) and the bias of exponents, 127, end up in the low mantissa bits of a sum with 1.5 * 2^23.
   each([&](int k) { shifted[k] = x[k] * c.per_ln2 + c.rounder; });
   each([&](int k) { n[k] = shifted[k] - c.rounder; });
   if constexpr (kNarrow && kFusedMultiplyAdd) {
@@ -214,7 +249,7 @@ LTK_INLINE void exp_nonpositive(Vec<float> (&x)[kVectors]) {
   each([&](int k) { p[k] = p[k] * x[k] + c.one; });
   each([&](int k) { p[k] = p[k] * x[k] + c.one; });
   // n = -127 gives the bits of 0: the clamped value, and all of -inf.
-  each([&](int k) { x[k] = p[k] * reinterpret_cast<F>((reinterpret_cast<Bits>(shifted[k]) + 127u) << 23); });
+  each([&](int k) { x[k] = p[k] * reinterpret_cast<F>(reinterpret_cast<Bits>(shifted[k]) << 23); });
 }
 
 template <bool kNarrow, int kVectors>
@@ -332,17 +367,11 @@ LTK_INLINE Vec<float> load(const BFloat16* p) {
 
 LTK_INLINE void store(float* p, Vec<float> v) { store_as(p, v); }
 LTK_INLINE void store(double* p, Vec<double> v) { store_as(p, v); }
-// bfloat16 bits of each lane, rounded to nearest even. Adding to the bits of a NaN could carry into the sign.
-template <bool kMayBeNaN>
-LTK_INLINE Simd<float>::Bits bfloat16_bits(Vec<float> v) {
+// Rounded to nearest even. Adding to the bits of a NaN could carry into the sign.
+LTK_INLINE void store(BFloat16* p, Vec<float> v) {
   const auto bits = reinterpret_cast<Simd<float>::Bits>(v);
   const auto rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  if constexpr (kMayBeNaN) return v != v ? (rounded & 0u) + 0x7fc0u : rounded;
-  return rounded;
-}
-
-LTK_INLINE void store(BFloat16* p, Vec<float> v) {
-  store_as(p, __builtin_convertvector(bfloat16_bits<true>(v), HalfBits));
+  store_as(p, __builtin_convertvector(v != v ? (rounded & 0u) + 0x7fc0u : rounded, HalfBits));
 }
 
 template <typename V>
@@ -366,7 +395,7 @@ LTK_INLINE auto load_pair(const BFloat16* p) {
 }
 #endif
 
-// Two vectors in a row, neither with a NaN: for bfloat16, half the instructions of two stores.
+// Two vectors in a row, neither with a NaN: for bfloat16, fewer instructions than two stores.
 template <typename T, typename V>
 LTK_INLINE void store_pair(T* p, V low, V high) {
   store(p, low);
@@ -375,8 +404,15 @@ LTK_INLINE void store_pair(T* p, V low, V high) {
 
 #if defined(__AVX2__) && !defined(__AVX512F__)
 LTK_INLINE void store_pair(BFloat16* p, Vec<float> low, Vec<float> high) {
-  const auto packed = _mm256_packus_epi32(__m256i(bfloat16_bits<false>(low)), __m256i(bfloat16_bits<false>(high)));
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_permute4x64_epi64(packed, 0xd8));
+  // The upper halves of all lanes in one vector and the lower ones in another, to be rounded sixteen at a time.
+  const __m256i halves =
+      _mm256_broadcastsi128_si256(_mm_setr_epi8(2, 3, 6, 7, 10, 11, 14, 15, 0, 1, 4, 5, 8, 9, 12, 13));
+  const __m256i a = _mm256_shuffle_epi8(__m256i(low), halves), b = _mm256_shuffle_epi8(__m256i(high), halves);
+  const __m256i upper = _mm256_unpacklo_epi64(a, b), lower = _mm256_unpackhi_epi64(a, b);
+  // Up from above 0x8000, and from 0x8000 itself where that makes the number even.
+  const __m256i is_even = _mm256_andnot_si256(upper, _mm256_set1_epi16(1));
+  const __m256i up = _mm256_srli_epi16(_mm256_subs_epu16(lower, is_even), 15);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_permute4x64_epi64(_mm256_add_epi16(upper, up), 0xd8));
 }
 #endif
 

@@ -59,6 +59,16 @@ def test_goal_of_logit_adjustment(tmp_path, quick, tier, seeds, baseline, loss, 
     assert (found["logit adj."], found["CE + post-hoc logit adj."]) == expected
 
 
+def test_the_goal_of_the_post_hoc_form_is_for_the_settings_of_the_table(tmp_path, quick):
+    results = stored.supervised(tmp_path / "results", arms=("ce", "logit-adjustment"), tier="full")
+    for run in results.values():
+        if run["arm"] == "CE":
+            run["post_hoc_settings"] = {"tau-norm": {"norm_tau": 1.0}, "logit-adjustment": {"prior_tau": 2.0}}
+    stored.save(tmp_path / "results", "supervised-cifar100", "full", results)
+    found = {row["method"]: row["goal"] for row in rows(report(tmp_path)[0])}
+    assert found["CE + post-hoc logit adj. (prior_tau 2)"] == "-"
+
+
 def test_the_goal_of_logit_adjustment_waits_for_what_it_is_compared_with(tmp_path, quick):
     stored.supervised(tmp_path / "results", arms=("logit-adjustment",), tier="full")
     assert {row["goal"] for row in rows(report(tmp_path)[0])} == {"-"}

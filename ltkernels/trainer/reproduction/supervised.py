@@ -85,8 +85,7 @@ def _lines_of_post_hoc(line: Line, method: PostHocName) -> list[Line]:
     variants: dict[str, list[StoredRun]] = {}
     for run in line.runs:
         if method in run["post_hoc"]:
-            settings = post_hoc_settings(run, method)
-            others = {name: value for name, value in settings.items() if value != getattr(_DEFAULTS, name)}
+            others = _other_settings(run, method)
             variants.setdefault(", ".join(f"{name} {value:g}" for name, value in others.items()), []).append(run)
     title = f"{line.title} + {_POST_HOC_TITLES.get(method, method)}"
     return [Line(f"{title} ({changed})" if changed else title, tuple(runs), method)
@@ -97,6 +96,12 @@ def post_hoc_settings(run: StoredRun, method: PostHocName) -> dict[str, float]:
     """What decided the result of a post-hoc method; of results that lack it, what tables have always used."""
     stored = (run.values.get("post_hoc_settings") or {}).get(method)
     return {name: getattr(_DEFAULTS, name) for name in SETTINGS[method]} if stored is None else stored
+
+
+def _other_settings(run: StoredRun, method: PostHocName) -> dict[str, float]:
+    """Those that a table does not use."""
+    settings = post_hoc_settings(run, method)
+    return {name: value for name, value in settings.items() if value != getattr(_DEFAULTS, name)}
 
 
 # The box
@@ -302,7 +307,7 @@ def _wanted(section: Section, line: Line) -> _Wanted | None:
     baseline, loss_form = section.line(BASELINE), section.line(ADJUSTED)
     if line.method == ADJUSTED and baseline is not None:
         return _Wanted(mean(baseline.values("overall")), *ABOVE_BASELINE, baseline, f"to {baseline.title}")
-    if line.method == f"{BASELINE}+{ADJUSTED}" and loss_form is not None:
+    if line.method == f"{BASELINE}+{ADJUSTED}" and loss_form is not None and not _other_settings(line.runs[0], ADJUSTED):
         distance = (-POST_HOC_DISTANCE, POST_HOC_DISTANCE)
         return _Wanted(mean(loss_form.values("overall")), *distance, loss_form, f"to {loss_form.title}")
     return None
