@@ -307,7 +307,11 @@ def _wanted(section: Section, line: Line) -> _Wanted | None:
     baseline, loss_form = section.line(BASELINE), section.line(ADJUSTED)
     if line.method == ADJUSTED and baseline is not None:
         return _Wanted(mean(baseline.values("overall")), *ABOVE_BASELINE, baseline, f"to {baseline.title}")
-    if line.method == f"{BASELINE}+{ADJUSTED}" and loss_form is not None and not _other_settings(line.runs[0], ADJUSTED):
+    if (
+        line.method == f"{BASELINE}+{ADJUSTED}"
+        and loss_form is not None
+        and not _other_settings(line.runs[0], ADJUSTED)
+    ):
         distance = (-POST_HOC_DISTANCE, POST_HOC_DISTANCE)
         return _Wanted(mean(loss_form.values("overall")), *distance, loss_form, f"to {loss_form.title}")
     return None
