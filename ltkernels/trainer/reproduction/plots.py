@@ -120,7 +120,9 @@ def reliability_picture(methods: Sequence[Reliability]) -> bytes:
     handles, labels = panels.flat[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), frameon=False)
     figure.supxlabel("confidence: largest probability of an image", fontsize=10)
-    figure.supylabel("share of the images that are right", fontsize=10)
+    # A single panel does not fill the width of the legend, and the figure's own label would be far from it.
+    name_axis = panels.flat[0].set_ylabel if len(methods) == 1 else figure.supylabel
+    name_axis("share of the images that are right", fontsize=10)
     return _png(figure)
 
 

@@ -116,7 +116,7 @@ def _left_out(sections: list[Section]) -> Iterator[str]:
     for section in sections:
         missing = not_run(section)
         if missing:
-            yield f"{section.title}, not run yet: {'; '.join(missing)}."
+            yield f"{section.title}, not run yet: {_listed(missing)}"
     if not any(section.is_full for section in sections):
         yield (
             f"No run is of the full tier ({TIERS['full']:,} steps), so nothing on this page decides whether a reported "
@@ -125,7 +125,7 @@ def _left_out(sections: list[Section]) -> Iterator[str]:
     for section in sections:
         few = [line.title for line in section.lines if len(line.seeds) < FEWEST_SEEDS]
         if section.is_full and few:
-            yield f"{section.title}, fewer than {FEWEST_SEEDS} seeds: {'; '.join(few)}."
+            yield f"{section.title}, fewer than {FEWEST_SEEDS} seeds: {_listed(few)}"
     for section in sections:
         if published.methods(section.setting) and round(epochs_of(section)) != published.EPOCHS:
             yield f"{section.title}: {epochs_of(section):.0f} epochs, the numbers of (a) {published.EPOCHS}."
@@ -145,6 +145,11 @@ def _left_out(sections: list[Section]) -> Iterator[str]:
     for source in published.SOURCES:
         if source.unsaid and any(published.reported(section.setting, BASELINE) for section in sections):
             yield f"({source.letter}) {source.name} {source.unsaid}"
+
+
+def _listed(titles: list[str]) -> str:
+    """With a full stop; titles may end in that of an abbreviation."""
+    return "; ".join(titles).removesuffix(".") + "."
 
 
 def _setting_title(setting: published.Setting) -> str:
@@ -195,7 +200,7 @@ def _section(section: Section, slug: str, pictures: dict[str, bytes]) -> list[st
         "",
         _table(section),
         *_sources(section),
-        *([f"Not run yet: {'; '.join(missing)}.", ""] if missing else []),
+        *([f"Not run yet: {_listed(missing)}", ""] if missing else []),
         *_comparisons(section),
         *_pictures(section, slug, pictures),
         "### Protocol",
