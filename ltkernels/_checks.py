@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from numbers import Integral, Real
-from typing import TypeAlias
+from typing import TypeAlias, TypeGuard
 
 import numpy as np
 import torch
@@ -35,6 +35,11 @@ def integer(name: str, value: int, minimum: int) -> int:
     if value < minimum:
         raise ValueError(f"{name}: expected at least {minimum}, got {value}")
     return int(value)
+
+
+def are_integers(x: object) -> TypeGuard[Tensor]:
+    """Whether x holds numbers that can be labels or indices: torch counts neither bool nor complex as floating."""
+    return isinstance(x, Tensor) and not (x.is_floating_point() or x.is_complex() or x.dtype == torch.bool)
 
 
 def class_counts_of(class_counts: ClassCounts) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from ltkernels import _ops, reference
-from ltkernels._checks import has_no_values, integer
+from ltkernels._checks import are_integers, has_no_values, integer
 from ltkernels._rows import REDUCTIONS
 
 DENOMINATORS = {"all": reference.ALL, "own": reference.OWN, "negatives": reference.NEGATIVES}
@@ -316,7 +316,7 @@ def _check_shapes(query: Tensor, key: Tensor | None, options: _Options) -> None:
         if x.device != query.device:
             raise ValueError(f"{name}: expected a tensor on {query.device} like query, got one on {x.device}")
         if name in ("labels", "key_labels", "positive_index"):
-            if x.is_floating_point() or x.is_complex() or x.dtype == torch.bool:
+            if not are_integers(x):
                 raise TypeError(f"{name}: expected an integer dtype, got {x.dtype}")
         elif name == "allowed":
             if x.dtype != torch.bool:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 import ltkernels.functional as LF
-from ltkernels._checks import has_no_values, kind_of, number
+from ltkernels._checks import are_integers, has_no_values, kind_of, number
 from ltkernels._contrastive import LAYOUTS
 
 
@@ -67,7 +67,7 @@ class ContrastiveLossModule(nn.Module):
 
         ``views``: N and V of embeddings (N, V, D); the numbers are (N,) then.
         """
-        if not isinstance(x, Tensor) or x.is_floating_point() or x.is_complex() or x.dtype == torch.bool:
+        if not are_integers(x):
             raise TypeError(f"{name}: expected an integer Tensor, got {kind_of(x)}")
         if views is not None:
             if x.shape != views[:1]:
@@ -156,7 +156,7 @@ class NTXentLoss(ContrastiveLossModule):
             temperature=self.temperature,
             labels=labels,
             positive_index=positive_index,
-            sample_weight=_positives(labels) if pairs and isinstance(labels, Tensor) else None,
+            sample_weight=_positives(labels) if pairs and are_integers(labels) else None,
             denominator="own" if pairs else "all",
             normalize=self.normalize,
         )
@@ -373,7 +373,7 @@ class TemperatureContrastiveLoss(ContrastiveLossModule):
 
 def as_int64(x: Tensor | None) -> Tensor | None:
     """Integers of any width as int64: as an index uint8 is a mask for torch. Anything else is for a check to name."""
-    return x.long() if isinstance(x, Tensor) and not x.is_floating_point() and x.dtype != torch.bool else x
+    return x.long() if are_integers(x) else x
 
 
 def check_embeddings(embeddings: Tensor, expected: str = "(M, D) or (N, V, D)") -> None:
@@ -384,7 +384,7 @@ def check_embeddings(embeddings: Tensor, expected: str = "(M, D) or (N, V, D)") 
 
 
 def check_labels(labels: Tensor, rows: int, classes: int | None) -> None:
-    if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.dtype == torch.bool:
+    if not are_integers(labels):
         raise TypeError(f"labels: expected an integer Tensor, got {kind_of(labels)}")
     if labels.shape != (rows,):
         raise ValueError(f"labels: expected shape ({rows},), got {tuple(labels.shape)}")

@@ -26,7 +26,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ltkernels._checks import ClassCounts, check_margin_tensor, class_counts_of, integer, kind_of, number
+from ltkernels._checks import ClassCounts, are_integers, check_margin_tensor, class_counts_of, integer, kind_of, number
 
 __all__ = [
     "DeferredReweighting",
@@ -392,7 +392,7 @@ def equalization_mask(target: Tensor, tail: Tensor, gamma: float, generator: tor
         TypeError: ``target`` has no integer dtype, ``tail`` is not bool, or ``gamma`` is no number.
     """
     probability = number("gamma", gamma, "in [0, 1]")
-    if not isinstance(target, Tensor) or target.is_floating_point() or target.dtype == torch.bool:
+    if not are_integers(target):
         raise TypeError(f"target: expected class indices of an integer dtype, got {kind_of(target)}")
     if not isinstance(tail, Tensor) or tail.dtype != torch.bool:
         raise TypeError(f"tail: expected a bool Tensor, got {kind_of(tail)}")

@@ -302,3 +302,14 @@ BAD_ARGUMENTS: list[tuple[Callable[[], object], type[Exception], str]] = [
 def test_errors(function: Callable[[], object], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         function()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.complex64])
+@pytest.mark.parametrize("name", [name for name in LOSSES if LOSSES[name][1](torch.zeros(8, 5))])
+def test_labels_and_indices_are_integers(name: str, dtype: torch.dtype) -> None:
+    """Of a complex tensor torch would take the real part, with a warning."""
+    embeddings = torch.randn(8, 5)
+    integers = {torch.int64: dtype}
+    arguments = [x.to(integers.get(x.dtype, x.dtype)) for x in LOSSES[name][1](embeddings)]
+    with pytest.raises(TypeError, match=f"^(labels|index): expected an integer .*got {dtype}"):
+        make(name)(embeddings, *arguments)
