@@ -144,7 +144,10 @@ def test_post_hoc_methods_with_other_settings_say_so(tmp_path, quick):
     tau_norm = first["post_hoc"]["tau-norm"]["overall"]
     assert table["CE + tau-norm (norm_tau 0.31)"]["ours, last epoch"] == f"{tau_norm:.2f}"
     assert [table[title]["runs"] for title in table] == ["3", "2", "1", "3"]
-    assert "none of them searched: tau-norm: norm_tau 1; post-hoc logit adj.: prior_tau 1." in page
+    usual = "none of them searched: tau-norm: norm_tau 1; post-hoc logit adj.: prior_tau 1."
+    assert f"post-hoc methods where a line names no others, {usual}" in page
+    stored.save(tmp_path / "results", "supervised-cifar100", "short", dict([list(results.items())[1]]))
+    assert f"post-hoc methods, {usual}" in report(tmp_path)[0]
 
 
 def test_commands_train_the_runs_of_the_page(tmp_path, quick):

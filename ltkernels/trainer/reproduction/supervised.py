@@ -215,16 +215,19 @@ def _section(section: Section, slug: str, pictures: dict[str, bytes]) -> list[st
 
 def _post_hoc_protocol(section: Section) -> list[str]:
     """The settings of the post-hoc methods, as tables use them; a line that was made with others names those."""
-    used = {line.post_hoc for line in section.lines if line.post_hoc is not None}
+    lines = [line for line in section.lines if line.post_hoc is not None]
+    used = {line.post_hoc for line in lines}
     if not used:
         return []
+    others = any(_other_settings(run, line.post_hoc) for line in lines for run in line.runs)
+    exception = " where a line names no others" if others else ""
     found = [
         f"{_POST_HOC_TITLES.get(method, method)}: "
         + ", ".join(f"{name} {getattr(_DEFAULTS, name):g}" for name in SETTINGS[method])
         for method in POST_HOC
         if method in used
     ]
-    return [f"- Settings of the post-hoc methods, none of them searched: {'; '.join(found)}."]
+    return [f"- Settings of the post-hoc methods{exception}, none of them searched: {'; '.join(found)}."]
 
 
 def _table(section: Section) -> str:
