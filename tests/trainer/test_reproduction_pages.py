@@ -36,6 +36,12 @@ cifar10 exp 100 ldam-drw b 77.73 -      cifar100 exp 100 ldam-drw b 42.47 -
 cifar10 exp 100 cdt b 77.10 -           cifar100 exp 100 cdt b 39.59 -
 cifar10 exp 100 balanced-softmax b 77.54 -  cifar100 exp 100 balanced-softmax b 42.99 -
 cifar10 exp 100 class-balanced b 70.48 -    cifar100 exp 100 class-balanced b 38.97 -
+cifar10 exp 100 focal b 71.56 -             cifar100 exp 100 focal b 37.22 -
+cifar10 exp 100 ldam b 73.66 -              cifar100 exp 100 ldam b 38.88 -
+cifar10 exp 100 ce-mixup b 74.06 -          cifar100 exp 100 ce-mixup b 40.82 -
+cifar10 exp 100 ce+tau-norm b 72.70 -       cifar100 exp 100 ce+tau-norm b 40.96 -
+cifar10 exp 100 ce+crt b 74.99 -            cifar100 exp 100 ce+crt b 40.26 -
+cifar10 exp 100 ce+lws b 72.63 -            cifar100 exp 100 ce+lws b 40.16 -
 cifar10 exp 100 ce c 71.36 -            cifar100 exp 100 ce c 39.87 -
 cifar10 exp 100 ce+logit-adjustment c 77.32 -   cifar100 exp 100 ce+logit-adjustment c 44.07 -
 cifar10 exp 100 logit-adjustment c 77.89 -      cifar100 exp 100 logit-adjustment c 44.06 -
@@ -75,8 +81,8 @@ def test_converted_numbers_and_other_conditions_are_labelled(tmp_path, quick):
     stored.supervised(tmp_path / "results", seeds=(0,), arms=("ce",))
     page, _ = report(tmp_path)
     assert "38.06 ±1.03 (a); 37.73 (b); 39.87 (c)" in page
-    assert re.search(r"- \(b\) Bag of Tricks.*converted here to accuracy", page)
-    assert re.search(r"- \(c\) official code of logit adjustment: a longer schedule", page)
+    assert re.search(r"- \(b\) \[.*Bag of Tricks.*\]\(https://\S+\): .*converted here to accuracy", page)
+    assert re.search(r"- \(c\) \[official code of logit adjustment\]\(https://\S+\): a longer schedule", page)
     assert re.search(r"> - \(a\) DDC repository does not say whether", page)
 
 
@@ -161,6 +167,16 @@ def test_commands_train_the_runs_of_the_page(tmp_path, quick):
         "--subset-seeds 0",
         "ltkernels report",
     ]
+
+
+def test_commands_compile_the_step_where_all_runs_did(tmp_path, quick):
+    results = stored.supervised(tmp_path / "results", arms=("ce",))
+    first, *others = results.values()
+    for runs, option in (([first], ""), (others, " --compile")):
+        for run in runs:
+            run["recipe_fields"]["compile"] = True
+        stored.save(tmp_path / "results", "supervised-cifar100", "short", results)
+        assert f"--arms cifar100-lt-ce --subset-seeds 0{option}\n" in report(tmp_path)[0]
 
 
 def test_tiers_views_and_precisions_have_tables_of_their_own(tmp_path, quick):

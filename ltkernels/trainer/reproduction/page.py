@@ -212,4 +212,6 @@ def table_command(table: str, tier: Tier, stored: Sequence[StoredRun] = ()) -> s
         chosen = dict.fromkeys(map(value_of, done))
         if len(chosen) < len(set(map(value_of, planned))):
             options += f" --{name.replace('_', '-')} {' '.join(map(str, chosen))}"
+    if stored and all(run.recipe.get("compile") for run in stored):
+        options += " --compile"  # the recipe hash is that of the plain step, but the rounding is not
     return f"ltkernels table {table} --tier {tier}{options}"

@@ -332,7 +332,7 @@ def _sources(section: Section) -> list[str]:
         number.source.letter for line in section.lines for number in published.reported(section.setting, line.method)
     }
     sources = [source for source in published.SOURCES if source.letter in used]
-    return [*(f"- ({source.letter}) {source.name}: {source.conditions}." for source in sources), ""]
+    return [*(f"- ({source.letter}) [{source.name}]({source.link}): {source.conditions}." for source in sources), ""]
 
 
 # Claims
