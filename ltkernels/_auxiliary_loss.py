@@ -31,9 +31,9 @@ class NeighborSilencingLoss(MarginCrossEntropyLoss):
     .. math:: v_{ij} \leftarrow v_{ij} + \tau \log \pi_j + \log \lambda \, [j \in S(y_i)]
 
     With :math:`\lambda = 0` a sample leaves the classes :math:`S(y_i)`, which its own class silences, out of its
-    softmax. Predict with :meth:`predict`: the raw logits of the target classes. Proposed in "Category Extrapolation
-    for long-tailed recognition" (arXiv:2410.15980), with ``prior_counts`` (balanced softmax) and
-    ``neighbor_weight=0``.
+    softmax. Predict with :meth:`predict`: the raw logits of the target classes. Proposed in "Learning from
+    Neighbors: Category Extrapolation for Long-Tail Learning" (arXiv:2410.15980); its released code has
+    ``prior_counts`` (balanced softmax) and ``neighbor_weight=0``.
 
     Args:
         neighbors: Which classes silence each other: C target and A auxiliary classes, K = C + A logits.

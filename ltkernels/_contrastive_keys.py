@@ -61,7 +61,7 @@ class BalancedContrastiveLoss(ContrastiveLossModule):
         self.count_anchor = bool(count_anchor)
 
     def forward(self, embeddings: Tensor, labels: Tensor, prototypes: Tensor) -> Tensor:
-        """The loss, a scalar, with gradients to embeddings and prototypes.
+        """The loss, a scalar, with gradients to embeddings, prototypes and a learned temperature.
 
         Args:
             embeddings: (M, D) of any floating dtype, or (N, V, D), V views of N samples.

@@ -33,8 +33,8 @@ class MoCoLoss(ContrastiveLossModule):
         temperature: :math:`\tau > 0`: a number, or a tensor or ``nn.Parameter`` of shape ().
         normalize: Divide queries and keys by their length first; the queue then holds keys of length 1.
         dtype: Of the queue, which stays under ``.half()`` and ``.to(dtype)``; keys are rounded to it when they enter.
-            The loss does not depend on it: similarities are computed in float32, float64 for float64 queries, but on
-            GPUs in the dtype of a queue of 16 bits, for the tensor cores.
+            The dtype of the loss does not depend on it: similarities are computed in float32, float64 for float64
+            queries, but on GPUs in the dtype of a queue of 16 bits, for the tensor cores.
 
     State, in buffers that are saved: ``queue`` (size, D), ``queue_labels`` (size,) int64 and ``pointer``, the next
     place to write to. With several processes gather the keys before :meth:`enqueue`, so that all queues stay the same;
@@ -76,7 +76,7 @@ class MoCoLoss(ContrastiveLossModule):
         self.register_buffer("pointer", torch.zeros((), dtype=torch.int64))
 
     def forward(self, query: Tensor, key: Tensor, labels: Tensor | None = None) -> Tensor:
-        """The loss, a scalar, with a gradient to ``query`` only.
+        """The loss, a scalar, with gradients to ``query`` and a learned temperature, none to keys and queue.
 
         Args:
             query: (M, D) of any floating dtype. The loss is float32, float64 for float64 queries.

@@ -32,7 +32,7 @@ class MarginCrossEntropyLoss(nn.Module):
         margins: Margins of a method, e.g. ``ltkernels.margins.cosface(0.35, 64.0)``.
         logit_scale, logit_bias, target_margin, pairwise_margin, scale: The same as single arguments; they may add to
             ``margins`` but not repeat it. A learned scale is ``scale=nn.Parameter(torch.tensor(30.0))``.
-        weight: (C,) class weights, or a :class:`ltkernels.margins.DeferredReweighting`.
+        weight: (C,) class weights, to which no gradient flows, or a :class:`ltkernels.margins.DeferredReweighting`.
         reduction: ``"mean"``, ``"sum"`` or ``"none"``.
         ignore_index: Class index of the samples to leave out.
         label_smoothing: In [0, 1].
@@ -40,7 +40,8 @@ class MarginCrossEntropyLoss(nn.Module):
     Shapes: see :func:`ltkernels.functional.margin_cross_entropy`.
 
     Raises:
-        ValueError: a wrong shape or value, an argument given twice, or a tensor that requires grad and is no Parameter.
+        ValueError: a wrong shape or value, an argument given twice, or a tensor that requires grad and is no Parameter;
+            class weights that require grad.
         TypeError: a wrong type.
 
     Example::
@@ -96,9 +97,12 @@ class MarginCrossEntropyLoss(nn.Module):
     def _register(self, margins: M.Margins) -> None:
         for name in (*M.Margins.TENSORS, "scale"):
             value = getattr(margins, name)
+            learned = isinstance(value, Tensor) and value.requires_grad
+            if learned and name == "weight":
+                raise ValueError("weight: expected a tensor without gradient, as none flows to class weights")
             if isinstance(value, nn.Parameter):
                 self.register_parameter(name, value)
-            elif isinstance(value, Tensor) and value.requires_grad:
+            elif learned:
                 raise ValueError(
                     f"{name}: expected an nn.Parameter or a tensor without gradient, got one that requires grad"
                 )

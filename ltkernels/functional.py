@@ -95,8 +95,8 @@ def margin_cross_entropy(
         mask: Boolean ``(C,)``, ``(N, C)`` or the shape of ``input``; ``False`` removes a class: probability and
             gradient exactly 0. A removed target gives ``+inf``, a row with no class left ``NaN``.
         sample_weight: ``()``, ``(N,)`` or ``(N, d1, ...)`` weight of each sample.
-        reduction: ``"mean"`` (by the sum of ``sample_weight * weight[target]`` over the rows kept), ``"sum"`` or
-            ``"none"``.
+        reduction: ``"mean"`` (by the sum of ``sample_weight * weight[target]`` over the rows kept, of ``sample_weight``
+            alone for probabilities), ``"sum"`` or ``"none"``.
         ignore_index: Rows with this class index contribute nothing and get no gradient.
         label_smoothing: In ``[0, 1]``; spread over the classes that ``mask`` allows.
         return_lse: Also return the log-sum-exp of the adjusted logits of each row (0 for ignored rows); gradients
@@ -164,7 +164,8 @@ def auxiliary_cross_entropy(
     At :math:`\lambda = 0` silenced classes are out of the distribution altogether: their gradient is exactly 0, and
     mass that probabilities or label smoothing put on them is dropped. Any :math:`\lambda > 0` keeps that mass, so
     the loss is not continuous at 0 where there is such mass. At :math:`\lambda = 1` nothing is silenced. Proposed in
-    "Category Extrapolation for long-tailed recognition" (arXiv:2410.15980).
+    "Learning from Neighbors: Category Extrapolation for Long-Tail Learning" (arXiv:2410.15980), whose released code
+    has :math:`\lambda = 0`.
 
     Args:
         input: Logits over ``neighbors.num_classes + neighbors.num_auxiliary`` classes, as in

@@ -12,8 +12,8 @@ which auxiliary classes are neighbours of which target classes; both silence eac
     tensor([2, 3])
 
 Maps are made once, on the host; constructors read the values they are given (on a GPU that synchronises). Auxiliary
-classes that are neighbours of target classes were proposed in "Category Extrapolation for long-tailed recognition"
-(arXiv:2410.15980).
+classes that are neighbours of target classes were proposed in "Learning from Neighbors: Category Extrapolation for
+Long-Tail Learning" (arXiv:2410.15980).
 """
 
 from __future__ import annotations
@@ -219,7 +219,7 @@ class NeighborMap:
 
         .. math:: m_k = 1 + \mathrm{round}\left((m - 1) \frac{\log(n_{\max} / n_k)}{\log(n_{\max} / n_{\min})}\right)
 
-        The rule and the defaults are ours; counts that are all equal give :math:`m`. Similarities are float64 and
+        This way to choose them is ours; counts that are all equal give :math:`m`. Similarities are float64 and
         computed some target classes at a time: memory grows with K D, not with K^2.
 
         Args:

@@ -4,7 +4,7 @@ Each loss of logits is :class:`MarginCrossEntropyLoss` with the margins of one m
 :class:`NeighborSilencingLoss` over target and auxiliary classes. What holds for all of them:
 
 - Class vectors are buffers, saved in the ``state_dict`` and copied from the arguments. One that is given as an
-  ``nn.Parameter`` is a parameter of the module and is learned.
+  ``nn.Parameter``, or a ``scale`` that is, is a parameter of the module and is learned; ``weight`` cannot be.
 - ``.half()``, ``.bfloat16()`` and ``.to(dtype)`` move class vectors but keep them float32 at least: rounding log-priors
   to 16 bits would change the loss silently. Logits of every dtype go with them.
 - ``weight`` may be a :class:`ltkernels.margins.DeferredReweighting`; call ``set_epoch`` at the start of every epoch.
@@ -144,8 +144,8 @@ class VSLoss(MarginCrossEntropyLoss):
 
     Args:
         class_counts: (C,) training samples of each class: tensor, array or sequence.
-        gamma: Not negative; 0.05 to 0.3 in published runs.
-        tau: Not negative; 1 to 1.25 in published runs.
+        gamma: Not negative.
+        tau: Not negative.
         options: ``weight``, ``reduction``, ``ignore_index``, ``label_smoothing`` of :class:`MarginCrossEntropyLoss`.
 
     Raises ``ValueError`` or ``TypeError`` naming the argument that is out of range or of a wrong type.

@@ -316,6 +316,11 @@ def test_set_epoch_without_schedule_does_nothing() -> None:
         ),
         (lambda: lnn.LDAMLoss(COUNTS, label_smoothing=torch.tensor(0.1)), TypeError, "^label_smoothing: expected a nu"),
         (
+            lambda: lnn.MarginCrossEntropyLoss(weight=nn.Parameter(torch.ones(3))),
+            ValueError,
+            "^weight: expected a tensor without gradient",
+        ),
+        (
             lambda: lnn.MarginCrossEntropyLoss(logit_bias=torch.ones(3, requires_grad=True)),
             ValueError,
             "^logit_bias: expected an nn.Parameter or a tensor without gradient",
