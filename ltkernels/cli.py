@@ -13,7 +13,7 @@ _USAGE = """usage: ltkernels <command> [options]
   doctor          which backend serves which device, and why
   train RECIPE    train with the reference trainer (pip install ltkernels[trainer]); RECIPE --help shows every field
                   --from RUN/recipe.json repeats the recipe of a run, --resume RUN goes on with a run
-  tune RECIPE     repeat the search behind a recipe's settings, on validation splits
+  tune digits     repeat the search behind the settings of digits, on validation splits
   posthoc RUN     cRT, tau-normalisation, weight scaling, logit adjustment on the weights of a run
   table NAME      train the runs of a table that are not done yet, several side by side, and store their results
   report          write the pages of docs/reproduction, reported numbers beside ours, from the stored results

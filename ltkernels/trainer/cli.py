@@ -32,7 +32,8 @@ _COMPARISONS = {"train": (TrainOptions, run_training), "tune": (TuneOptions, run
 # Commands with options that help shows without the run or table they are for.
 _WITHOUT_SUBJECT = {"posthoc": ("RUN", PostHocOptions()), "table": ("TABLE", TableOptions(name="TABLE"))}
 
-USAGE = f"""usage: ltkernels {{{",".join(_COMPARISONS)}}} RECIPE [options]
+USAGE = f"""usage: ltkernels train RECIPE [options]
+       ltkernels tune {{{",".join(RECIPES)}}} [options]
        ltkernels train {{--from RUN/recipe.json,--resume RUN}} [options]
        ltkernels posthoc RUN [options]
        ltkernels table TABLE [options]
