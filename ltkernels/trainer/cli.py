@@ -33,7 +33,7 @@ _COMPARISONS = {"train": (TrainOptions, run_training), "tune": (TuneOptions, run
 _WITHOUT_SUBJECT = {"posthoc": ("RUN", PostHocOptions()), "table": ("TABLE", TableOptions(name="TABLE"))}
 
 USAGE = f"""usage: ltkernels train RECIPE [options]
-       ltkernels tune {{{",".join(RECIPES)}}} [options]
+       ltkernels tune {"|".join(RECIPES)} [options]
        ltkernels train {{--from RUN/recipe.json,--resume RUN}} [options]
        ltkernels posthoc RUN [options]
        ltkernels table TABLE [options]
