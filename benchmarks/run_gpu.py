@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.metadata
 import importlib.util
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,6 +24,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+SETUPTOOLS = 77  # as in pyproject.toml
 NEEDED = ("torch", "pytest", "pytest_benchmark", "hypothesis")
 TRAINER = ("lightning_fabric", "torchmetrics", "tyro", "rich", "PIL")
 SECONDS = 520.0
@@ -72,6 +75,12 @@ def build(seconds: float) -> None:
     if library.exists() and library.stat().st_mtime > max(path.stat().st_mtime for path in sources):
         if run("Import", ["-c", "import ltkernels.functional"], 60, quiet=True) == 0:
             return
+    version = importlib.metadata.version("setuptools") if importlib.util.find_spec("setuptools") else "0"
+    if int(version.split(".")[0]) < SETUPTOOLS:
+        found = f"only setuptools {version}" if version != "0" else "no setuptools"
+        raise Failed(f"{sys.executable} has {found}: version {SETUPTOOLS} or newer builds the extension.")
+    if not shutil.which("ninja"):
+        print("without ninja the extension is built one file at a time", flush=True)
     if run("Build", ["setup.py", "build_ext", "--inplace"], seconds) != 0:
         raise Failed("the extension could not be built.")
 

@@ -165,6 +165,7 @@ class Suite:
             shared.clear()
         torch._dynamo.reset()
         if self.device == "cuda":
+            torch.cuda.empty_cache()  # what the shape before has left counts as used
             needed = case.rows * case.classes * FAMILIES[case.family].bytes_per_logit
             if torch.cuda.mem_get_info()[0] < needed:
                 raise LeftOut(f"needs {needed / 1e9:.0f} GB of GPU memory")

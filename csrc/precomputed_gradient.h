@@ -6,6 +6,7 @@
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <torch/csrc/autograd/engine.h>
 #include <torch/csrc/autograd/saved_variable.h>
+#include <torch/csrc/autograd/variable.h>
 
 #include "cpu/new_tensors.h"
 #include "margin_options.h"
@@ -26,7 +27,9 @@ inline at::Tensor times_upstream(torch::autograd::SavedVariable& saved, const at
   const bool last_use = !torch::autograd::get_current_graph_task_keep_graph() && !at::GradMode::is_enabled();
   const at::AutoDispatchBelowADInplaceOrView guard;  // not through autograd's boxed fallback
   if (last_use) saved.reset_data();
-  if (!last_use || grad.use_count() > 1 || grad.storage().use_count() > 1) {
+  // A gradient that was made in Python, as those of the Triton kernels are, has a wrapper that counts as a reference.
+  const bool only_here = torch::autograd::impl::is_tensor_stealable(grad) && grad.storage().use_count() == 1;
+  if (!last_use || !only_here) {
     at::Tensor copy = at::empty_like(grad);
     if (copy.is_cpu()) advise_huge_pages(copy);
     grad = copy.copy_(grad);

@@ -82,7 +82,9 @@ def _share_of_row(
         kept = index != args[_IGNORE_INDEX]
         u = k = torch.where(kept, u, 0.0)  # whatever weight an ignored row has
         if args[_WEIGHT] is not None:
-            k = k * args[_WEIGHT].to(acc)[torch.where(kept, index, 0)]
+            w = args[_WEIGHT].to(acc)
+            # The kernel names or marks a target out of range; as an index here it would end the use of a GPU.
+            k = k * w[torch.where(kept, index, 0).remainder(w.shape[0])]
     total = k.sum(1, keepdim=True)
     defined = total != 0
     # Divided by 1 where it is undefined: a NaN there would reach the gradient of what other problems share.

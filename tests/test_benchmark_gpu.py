@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
 import importlib.util
 import re
 import sys
@@ -82,3 +83,11 @@ def test_the_most_telling_shapes_come_first_on_a_gpu(run_python):
         shapes = [shape for of, shape, upstream in order if of is family and upstream == "upstream1"]
         assert shapes == list(family.gpu_shapes)
     assert all(upstream == "upstream1" for *_, upstream in order[: sum(len(f.gpu_shapes) for f in FAMILIES.values())])
+
+
+def test_an_old_setuptools_is_named_before_anything_is_built(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_gpu, "ROOT", tmp_path)
+    monkeypatch.setattr(run_gpu, "run", lambda *arguments, **options: pytest.fail("built"))
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "70.3.0")
+    with pytest.raises(run_gpu.Failed, match="only setuptools 70.3.0: version 77 or newer"):
+        run_gpu.build(100)

@@ -7,7 +7,12 @@ import sys
 from collections.abc import Callable
 
 import pytest
+import torch
 from peak_memory import PRELUDE
+from torch import Tensor
+
+import ltkernels.functional as LF
+from ltkernels import _ops
 
 PROGRAM = (
     PRELUDE
@@ -69,3 +74,27 @@ def test_no_matrix_beyond_the_gradient(run_python: Callable[..., str]) -> None:
     # Rows whose classes are apart in memory are copied once.
     for name in ("transposed", "images"):
         assert peaks[name] < 1.15, peaks
+
+
+@pytest.mark.skipif(_ops.BACKEND == "reference", reason="the definition has no gradient of its own")
+def test_a_gradient_made_in_python_is_not_copied() -> None:
+    """As the GPU's is: a wrapper in Python refers to it besides the graph."""
+    made: list[int] = []
+
+    def forward(logits: Tensor, target: Tensor, *options: object) -> tuple[Tensor, Tensor, Tensor]:
+        gradient = torch.empty_like(logits)
+        gradient.copy_((logits.softmax(1) - torch.nn.functional.one_hot(target, logits.shape[1])) / len(target))
+        made.append(gradient.data_ptr())
+        return torch.nn.functional.cross_entropy(logits, target), torch.zeros(3, len(target)), gradient
+
+    logits, target = torch.randn(4, 5, requires_grad=True), torch.tensor([0, 1, 2, 3])
+    (wanted,) = torch.autograd.grad(LF.margin_cross_entropy(logits, target), logits)
+    with torch.library._scoped_library("ltkernels", "IMPL") as library:
+        library.impl("margin_softmax_fwd", forward, "CPU", allow_override=True)
+        for upstream in (1.0, -0.5):
+            loss = LF.margin_cross_entropy(logits, target) * upstream
+            (kept,) = torch.autograd.grad(loss, logits, retain_graph=True)
+            (last,) = torch.autograd.grad(loss, logits)
+            assert kept.data_ptr() != made[-1] == last.data_ptr()
+            torch.testing.assert_close([kept, last], [wanted * upstream] * 2)
+    assert len(made) == 2

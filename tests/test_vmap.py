@@ -119,6 +119,13 @@ BAD: dict[str, tuple[dict[str, Tensor], type[Exception], str]] = {
 }
 
 
+def test_target_out_of_range_beside_class_weights_is_named() -> None:
+    """By the kernel: an index out of range before it would end the use of a GPU, where the row is NaN."""
+    targets, x, weight = BAD["target"][0]["target"], logits(N, C), rand(C)
+    with pytest.raises(IndexError, match=r"^target: expected .*got 5"):
+        vmap(lambda t: LF.margin_cross_entropy(x, t, weight))(targets)
+
+
 @pytest.mark.parametrize("nested", [False, True], ids=["vmap", "vmap_of_grad"])
 @pytest.mark.parametrize("name", BAD)
 def test_bad_values_of_any_problem_raise(name: str, nested: bool) -> None:

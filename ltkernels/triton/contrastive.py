@@ -54,6 +54,8 @@ GRAD_QUERY, GRAD_KEY, GRAD_TEMPERATURE, GRAD_KEY_BIAS, GRAD_PAIR_MARGIN, GRAD_EX
     1 << bit for bit in range(7)
 )
 GRADIENTS = 63
+# Pairs of labels; a grid has fewer than 2^31 programs.
+PAIRS_OF_A_LAUNCH = 1 << 30
 # Triton's interpreter multiplies 16-bit matrices wrongly.
 UPCAST = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -312,10 +314,11 @@ class Call:
         constants = self._constants(self._tiles(False))
         depth = min(constants["DEPTH"], 32)
         kernel_calls["triton.contrastive.pair_margin_gradient"] += 1
-        _pair_margin_gradient[(n * n,)](
-            p, c.rows, order, bounds, key_order, key_bounds, out, self.rows, self.keys, n, *self._strides(),
-            **(constants | dict(ROWS=16, KEYS=16, DEPTH=depth, num_warps=2)),
-        )  # fmt: skip
+        for first in range(0, n * n, PAIRS_OF_A_LAUNCH):
+            _pair_margin_gradient[(min(PAIRS_OF_A_LAUNCH, n * n - first),)](
+                p, c.rows, order, bounds, key_order, key_bounds, out, self.rows, self.keys, n, *self._strides(), first,
+                **(constants | dict(ROWS=16, KEYS=16, DEPTH=depth, num_warps=2)),
+            )  # fmt: skip
         return out
 
 

@@ -38,7 +38,7 @@ def tiles(width: int, dtype: torch.dtype, precision: str, gradient: bool, rich: 
         return Tiles(16, 32, min(depth, 16), min(depth, 64), 4, 1)
     if dtype == torch.float32 and precision == "ieee":  # no matrix instruction: operands are in registers
         return Tiles(32, 32, min(depth, 32), min(depth, 128), 8 if rich and gradient else 4, 2)
-    wide = depth > 256
+    wide = depth > (128 if dtype == torch.float32 else 256)
     if dtype == torch.float32:
         depth, out = 32 if wide else depth, min(depth, 128)
     else:

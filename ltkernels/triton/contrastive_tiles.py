@@ -23,7 +23,7 @@ QUERY, KEY, BOTH = 1, 2, 3
 
 # Arguments whose value must not be compiled in. The width and the row strides are: whether 16 divides them decides
 # how wide the loads are.
-RUNTIME_ARGUMENTS = ("n_rows", "n_keys", "n_labels", "allowed_stride", "per_part")
+RUNTIME_ARGUMENTS = ("n_rows", "n_keys", "n_labels", "allowed_stride", "per_part", "first")
 
 
 @triton.jit
@@ -419,14 +419,15 @@ def _pair_margin_gradient(
     p, coefficients, row_order, row_bounds,  # rows in the order of their labels, and where each label begins
     key_order, key_bounds,
     out_ptr,  # (L, L)
-    n_rows, n_keys, n_labels, width, query_stride, key_stride, allowed_stride,
+    n_rows, n_keys, n_labels, width, query_stride, key_stride, allowed_stride, first,
     ROWS: tl.constexpr, KEYS: tl.constexpr, DEPTH: tl.constexpr, OPTIONS: tl.constexpr, PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """One pair of labels: the sum of dloss/dl over rows of the one and keys of the other."""
+    """One pair of labels, counted from `first`: the sum of dloss/dl over rows of the one and keys of the other."""
     ACC: tl.constexpr = out_ptr.dtype.element_ty
     shape = (n_rows, n_keys, n_labels, allowed_stride)
-    label, key_label = tl.program_id(0) // n_labels, tl.program_id(0) % n_labels
+    pair = tl.program_id(0).to(tl.int64) + first
+    label, key_label = pair // n_labels, pair % n_labels
     row_end = tl.load(row_bounds + label + 1).to(tl.int32)
     key_begin = tl.load(key_bounds + key_label).to(tl.int32)
     key_end = tl.load(key_bounds + key_label + 1).to(tl.int32)
@@ -446,4 +447,4 @@ def _pair_margin_gradient(
             key = _key_values(p, keys, n_keys, 0, OPTIONS)
             g, mass = _coefficients(p, x, row, key, coefficients, rows, shape, 1, OPTIONS)
             total += tau * tl.sum(mass, axis=1)
-    tl.store(out_ptr + tl.program_id(0), tl.sum(total, axis=0))
+    tl.store(out_ptr + pair, tl.sum(total, axis=0))

@@ -32,6 +32,7 @@ from ltkernels.triton.margin_softmax_rows import (
     launch_normalizer,
     nan_if_out_of_range,
     row_operands,
+    row_stride,
     row_tile,
     smoothing_share,
 )
@@ -108,7 +109,7 @@ def _forward_whole_rows(
     """ROWS whole rows in registers: logits read once, gradient written once."""
     ACC: tl.constexpr = stats_ptr.dtype.element_ty
     n_classes = class_units * VEC
-    shape = (n_classes, logits_units * VEC, target_units * VEC, mask_units * VEC)
+    shape = (n_classes, row_stride(logits_units, VEC), row_stride(target_units, VEC), row_stride(mask_units, VEC))
     silencing = (log_neighbor, back_from)
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     cols = tl.arange(0, BLOCK)
@@ -156,7 +157,7 @@ def _forward_two_sweeps(
     """As _forward_whole_rows for longer rows: an online softmax, then the gradient from logits still in the cache."""
     ACC: tl.constexpr = stats_ptr.dtype.element_ty
     n_classes = class_units * VEC
-    shape = (n_classes, logits_units * VEC, target_units * VEC, mask_units * VEC)
+    shape = (n_classes, row_stride(logits_units, VEC), row_stride(target_units, VEC), row_stride(mask_units, VEC))
     silencing = (log_neighbor, back_from)
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     present = rows < n_rows

@@ -23,6 +23,7 @@ from ltkernels.triton.margin_softmax_rows import (
     launch_normalizer,
     nan_if_out_of_range,
     row_operands,
+    row_stride,
     row_tile,
     smoothing_share,
 )
@@ -59,7 +60,7 @@ def _row_coefficients(
 ):
     ACC: tl.constexpr = coefficients_ptr.dtype.element_ty
     n_classes = class_units * VEC
-    shape = (n_classes, 0, target_units * VEC, mask_units * VEC)
+    shape = (n_classes, 0, row_stride(target_units, VEC), row_stride(mask_units, VEC))
     silencing = (log_neighbor, back_from)
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     present = rows < n_rows
@@ -144,7 +145,7 @@ def _backward(
     """A block of columns of a part of the rows, ROWS rows at a time in order."""
     ACC: tl.constexpr = stats_ptr.dtype.element_ty
     n_classes = class_units * VEC
-    shape = (n_classes, logits_units * VEC, target_units * VEC, mask_units * VEC)
+    shape = (n_classes, row_stride(logits_units, VEC), row_stride(target_units, VEC), row_stride(mask_units, VEC))
     silencing = (log_neighbor, back_from)
     cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     begin = tl.program_id(0).to(tl.int64) * rows_per_program
@@ -204,7 +205,7 @@ def _pairwise_backward(
     """A block of columns of the sum of G over the rows of one class, in the order of the batch."""
     ACC: tl.constexpr = stats_ptr.dtype.element_ty
     n_classes = class_units * VEC
-    shape = (n_classes, logits_units * VEC, 0, mask_units * VEC)
+    shape = (n_classes, row_stride(logits_units, VEC), 0, row_stride(mask_units, VEC))
     silencing = (log_neighbor, back_from)
     label = tl.program_id(0).to(tl.int64)
     cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)

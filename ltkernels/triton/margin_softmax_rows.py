@@ -16,6 +16,12 @@ def _length(n, flags, BIT: tl.constexpr):
 
 
 @triton.jit
+def row_stride(units, VEC: tl.constexpr):
+    """In elements, 64 bits: the rows of a view may be any distance apart."""
+    return tl.cast(units, tl.int64) * VEC
+
+
+@triton.jit
 def row_operands(
     p,  # Operands
     rows,  # (ROWS,) int64

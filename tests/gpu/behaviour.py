@@ -47,3 +47,14 @@ def check_cuda_graph(step: Step) -> None:
         x.detach().fill_(torch.nan)
     graph.replay()
     assert all(same_bits(a, b) for a, b in zip(expected, captured, strict=True))
+
+
+def check_backward_takes_the_gradient_as_it_is(loss: Callable[[], Tensor], x: Tensor) -> None:
+    """That which the forward pass has computed: a copy would be as much again to read and to write."""
+    for _ in range(2):  # the first compiles
+        result = loss() * 0.5
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        torch.autograd.grad(result, x)
+        beyond = torch.cuda.max_memory_allocated() - before
+    assert beyond < x.nbytes / 2

@@ -9,7 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from behaviour import check_cuda_graph, check_no_synchronisation, check_same_bits_every_time
+from behaviour import (
+    check_backward_takes_the_gradient_as_it_is,
+    check_cuda_graph,
+    check_no_synchronisation,
+    check_same_bits_every_time,
+)
 from torch import Tensor
 
 import ltkernels.functional as LF
@@ -75,8 +80,9 @@ def test_the_function_in_every_width(width: int, dtype: torch.dtype) -> None:
         assert (x - y).abs().amax() <= unit * y.abs().amax()
 
 
-def test_tf32_is_a_choice() -> None:
-    query, temperature, labels = inputs(300, 128)
+@pytest.mark.parametrize("width", [128, 200, 256, 512])
+def test_tf32_is_a_choice(width: int) -> None:
+    query, temperature, labels = inputs(300, width)
     exact = on("cpu", query.double(), temperature.double(), labels)
     float32 = on(CUDA, query, temperature, labels)
     switch = torch.backends.cuda.matmul
@@ -153,6 +159,14 @@ def test_no_synchronisation() -> None:
 
 def test_cuda_graph() -> None:
     check_cuda_graph(call())
+
+
+def test_backward_takes_the_gradient_as_it_is() -> None:
+    query, temperature, labels = (x.to(CUDA) for x in inputs(4096, 256))
+    query.requires_grad_()
+    check_backward_takes_the_gradient_as_it_is(
+        lambda: LF.contrastive_loss(query, temperature=temperature, labels=labels), query
+    )
 
 
 def test_torch_compile() -> None:

@@ -8,7 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from behaviour import check_cuda_graph, check_no_synchronisation, check_same_bits_every_time
+from behaviour import (
+    check_backward_takes_the_gradient_as_it_is,
+    check_cuda_graph,
+    check_no_synchronisation,
+    check_same_bits_every_time,
+)
 from torch import Tensor
 
 import ltkernels.functional as LF
@@ -187,6 +192,9 @@ def test_targets_out_of_range_are_nan() -> None:
     assert loss.isnan().tolist() == [False, True, True, True]
     assert logits.grad.isnan().any(1).tolist() == [False, True, True, True]
     assert LF.margin_cross_entropy(logits, target).isnan()
+    problems = torch.stack([target, target.clamp(0, 999)])
+    each = torch.vmap(lambda t: LF.margin_cross_entropy(logits, t, torch.ones(1000, device=CUDA)))(problems)
+    assert each.isnan().tolist() == [True, False]
 
 
 @pytest.mark.large
@@ -203,6 +211,17 @@ def test_more_than_two_to_the_31_logits() -> None:
     (expected,) = torch.autograd.grad(last_loss, last)
     torch.testing.assert_close(gradient[-1:].double(), expected, rtol=1e-2, atol=1e-6)
     torch.testing.assert_close(loss.double(), last_loss + (rows - 1) * torch.tensor(classes).log(), rtol=1e-5, atol=0)
+
+
+@pytest.mark.large
+def test_rows_that_are_2_to_the_32_elements_apart() -> None:
+    memory = torch.empty(2**32 + 64, dtype=torch.bfloat16, device=CUDA)
+    far = memory.as_strided((2, 64), (2**32, 1)).copy_(torch.randn(2, 64)).requires_grad_()
+    near = far.detach().contiguous().requires_grad_()
+    target = torch.tensor([3, 40], device=CUDA)
+    losses = [LF.margin_cross_entropy(x, target, reduction="none") for x in (far, near)]
+    assert same_bits(*losses)
+    assert same_bits(*(torch.autograd.grad(loss.sum(), x)[0] for loss, x in zip(losses, (far, near), strict=True)))
 
 
 # ---------------------------------------------------------------------------------------------------------- behaviour
@@ -263,6 +282,11 @@ def test_a_scaled_and_a_retained_gradient() -> None:
     loss = LF.margin_cross_entropy(logits, call.target)
     assert same_bits(torch.autograd.grad(4 * loss, logits, retain_graph=True)[0], 4 * once)
     assert same_bits(torch.autograd.grad(loss, logits)[0], once)
+
+
+def test_backward_takes_the_gradient_as_it_is() -> None:
+    logits, target = torch.randn(1024, 1000, device=CUDA, requires_grad=True), torch.zeros(1024, device=CUDA).long()
+    check_backward_takes_the_gradient_as_it_is(lambda: LF.margin_cross_entropy(logits, target), logits)
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")

@@ -301,6 +301,12 @@ OPTIONS["query_like"] = OPTIONS["extra_positive"]
 
 
 @case
+def margins_of_pairs_in_several_launches() -> None:
+    with mock.patch("ltkernels.triton.contrastive.PAIRS_OF_A_LAUNCH", 4):  # of nine
+        check(example(5, None, denominator=OWN, pair_margin=OPTIONS["pair_margin"]))
+
+
+@case
 def wide_embeddings() -> None:
     """More columns than a tile multiplies at once, and a gradient in several parts of the width."""
     for width in (130, 257):

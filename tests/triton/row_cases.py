@@ -411,4 +411,21 @@ def the_public_function_runs_these_kernels() -> None:
     assert counts == expected, counts
 
 
+@case
+def rows_far_apart() -> None:
+    """By so many elements that their number is 0 in 32 bits. Memory that nobody touches is not there."""
+    distance, target = 2**32, torch.tensor([1, 2])
+    logits = torch.empty(distance + 8, dtype=torch.bfloat16).as_strided((2, 8), (distance, 1))
+    mask = torch.empty(distance + 8, dtype=torch.bool).as_strided((2, 8), (distance, 1))
+    logits.copy_(torch.randn(2, 8, generator=torch.Generator().manual_seed(0)))
+    mask.copy_(torch.tensor([[1, 1, 1, 1, 1, 0, 0, 1], [0, 1, 1, 1, 1, 1, 1, 1]]))
+    near = logits.contiguous().float().requires_grad_()
+    wanted = torch.nn.functional.cross_entropy(near.masked_fill(~mask, -INF), target, reduction="none")
+    far = logits.requires_grad_()
+    loss = LF.margin_cross_entropy(far, target, mask=mask, reduction="none")
+    torch.testing.assert_close(loss, wanted)
+    (got,), (want,) = torch.autograd.grad(loss.sum(), far), torch.autograd.grad(wanted.sum(), near)
+    torch.testing.assert_close(got.float(), want, rtol=1e-2, atol=1e-3)
+
+
 CASES |= {f.__name__: f for f in (parts_of_rows_add_up, scale_in_place, the_public_function_runs_these_kernels)}

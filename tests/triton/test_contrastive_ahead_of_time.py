@@ -83,6 +83,8 @@ CALLS = [
     Call("_gradient", 512, torch.float32, EVERYTHING, capabilities=(80,)),
     Call("_gradient", 128, torch.float32, ("tf32", "every"), capabilities=(80,)),
     Call("_gradient", 128, torch.float32, ("tf32", *EVERYTHING)),
+    Call("_gradient", 256, torch.float32, ("tf32", "every")),
+    Call("_statistics", 256, torch.float32, ("tf32", *EVERYTHING)),
     Call("_gradient", 128, torch.float64, EVERYTHING),
     Call("_statistics", 1024, options=EVERYTHING),
     Call("_own_terms", 128, options=EVERYTHING),
