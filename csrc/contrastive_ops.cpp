@@ -93,14 +93,17 @@ struct ContrastiveBackward : public torch::autograd::Node {
     TORCH_CHECK(!released_, torch::autograd::ERR_BACKWARD_TWICE);
     variable_list grads(kOutputs);
     if (!upstream[0].defined()) return grads;
+    const bool weight_wanted = task_should_compute_output(kSampleWeight);
+    // Once: under activation checkpointing a second time would be an error.
+    const Tensor stats = precomputed_ && !weight_wanted ? Tensor() : stats_.unpack();
     if (precomputed_) {
       for (size_t k = 0; k < kGradients; ++k) {
         if (task_should_compute_output(k)) grads[k] = times_upstream(grads_[k], upstream[0]);
       }
     } else {
-      recompute(upstream[0], grads);
+      recompute(upstream[0], stats, grads);
     }
-    if (task_should_compute_output(kSampleWeight)) grads[kSampleWeight] = weight_gradient(upstream[0]);
+    if (weight_wanted) grads[kSampleWeight] = weight_gradient(upstream[0], stats);
     for (size_t k = 0; k < kOutputs; ++k) {
       if (grads[k].defined()) grads[k] = grads[k].to(types_[k]);
     }
@@ -111,7 +114,7 @@ struct ContrastiveBackward : public torch::autograd::Node {
  private:
   bool released_ = false;
 
-  void recompute(const Tensor& upstream, variable_list& grads) {
+  void recompute(const Tensor& upstream, const Tensor& stats, variable_list& grads) {
     int64_t wanted = 0;
     for (size_t k = 0; k < kGradients; ++k) wanted |= task_should_compute_output(k) ? int64_t(1) << k : 0;
     if (wanted == 0) return;
@@ -121,7 +124,7 @@ struct ContrastiveBackward : public torch::autograd::Node {
       if (value.defined()) x[k] = value;
     }
     const auto results = call_bwd(
-        upstream, stats_.unpack(), *x[0], x[1], *x[2], x[3], x[4], x[5], x[6], x[7], x[8], x[9], x[10], x[11],
+        upstream, stats, *x[0], x[1], *x[2], x[3], x[4], x[5], x[6], x[7], x[8], x[9], x[10], x[11],
         denominator_, exclude_self_, scale_by_temperature_, reduction_, wanted);
     const std::array<Tensor, kGradients> all = {std::get<0>(results), std::get<1>(results), std::get<2>(results),
                                                 std::get<3>(results), std::get<4>(results), std::get<5>(results)};
@@ -131,8 +134,8 @@ struct ContrastiveBackward : public torch::autograd::Node {
   }
 
   // du_i = upstream_i r_i, or upstream (r_i - loss) / Z under a mean, over the rows that count.
-  Tensor weight_gradient(const Tensor& upstream) {
-    const Tensor stats = stats_.unpack(), r = stats.select(0, kRowLoss), counted = stats.select(0, kCount).gt(0);
+  Tensor weight_gradient(const Tensor& upstream, const Tensor& stats) {
+    const Tensor r = stats.select(0, kRowLoss), counted = stats.select(0, kCount).gt(0);
     if (reduction_ != kMean) return at::where(counted, upstream * r, 0);
     const Tensor total = at::where(counted, sample_weight_.unpack().to(r.scalar_type()), 0).sum();
     const Tensor grad = upstream * (r - loss_.unpack()) / at::where(total.ne(0), total, 1);

@@ -345,7 +345,7 @@ def _check_values(query: Tensor, key: Tensor | None, temperature: Tensor, option
                 count = options.pair_margin.shape[0]
                 _refuse_outside(x, name, f"labels below {count}, the size of pair_margin", above=-2, below=count)
         if (index := options.positive_index) is not None and not _ops.uses_kernel(query):  # the kernel checks its own
-            keys = (query if key is None else key).shape[0]
+            keys, index = (query if key is None else key).shape[0], index.long()
             _refuse_outside(index, "positive_index", f"keys from 0 to {keys - 1}", above=-1, below=keys)
             own = index == torch.arange(index.shape[0], device=index.device)
             if key is None and own.any():

@@ -98,7 +98,7 @@ def linear_margin_softmax(
     if return_lse:
         results.append(lse.reshape(samples))
     if return_stats:
-        correct = predicted == (target.argmax(1) if probabilities else target)
+        correct = predicted == (target.argmax(1) if probabilities else target.long())
         if not probabilities:
             correct &= target.long() != ignore_index  # which may be a class, and does not fit every integer dtype
         results.append(LinearStats(*(x.reshape(samples) for x in (row_loss, predicted, correct))))

@@ -136,7 +136,7 @@ def check_values(
     if index is not None:
         _check_classes("target", index, input.shape[1], ignore_index)
     if row_class is not None:
-        _check_classes("row_class", row_class, input.shape[1])
+        _check_classes("row_class", row_class.long(), input.shape[1])
     for name, x in (("logit_bias", logit_bias), ("logit_scale", logit_scale), ("target_margin", target_margin)):
         _check_finite(name, x, minus_infinity_allowed=name == "logit_bias")
     if pairwise_margin is not None and index is not None:
@@ -225,7 +225,7 @@ def _as_rows(
     samples = () if input.dim() == 1 else (input.shape[0], *input.shape[2:])
 
     def rows_of_classes(x: Tensor) -> Tensor:
-        return x.unsqueeze(0) if x.dim() == 1 else x.movedim(1, -1).reshape(-1, classes)
+        return x.unsqueeze(0) if x.dim() == 1 else x.movedim(1, -1).flatten(0, -2)
 
     probabilities = target.is_floating_point()
     expected = input.shape if probabilities else torch.Size(samples)
@@ -244,7 +244,7 @@ def _as_rows(
                 f"mask: expected shape ({classes},), {tuple(input.shape[:2])} or {tuple(input.shape)}, "
                 f"got {tuple(mask.shape)}"
             )
-    target = rows_of_classes(target) if probabilities else target.reshape(-1)
+    target = rows_of_classes(target) if probabilities else target.flatten()
     sample_weight = each_sample("sample_weight", sample_weight, samples)
     row_class = each_sample("row_class", row_class, samples)
     return rows_of_classes(input), target, mask, sample_weight, row_class
@@ -259,4 +259,4 @@ def each_sample(name: str, x: Tensor | None, samples: tuple[int, ...]) -> Tensor
     if x.shape != torch.Size(samples):
         expected = f"({samples[0]},) or {tuple(samples)}" if len(samples) > 1 else f"{tuple(samples)}"
         raise ValueError(f"{name}: expected shape {expected}, got {tuple(x.shape)}")
-    return x.reshape(-1)
+    return x.flatten()

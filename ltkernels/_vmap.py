@@ -28,6 +28,8 @@ def _loop(op, info, in_dims: tuple, args: tuple) -> tuple[tuple, tuple]:
     def problem(b: int) -> list:
         return [a if dim is None else a.select(dim, b) for a, dim in zip(args, in_dims, strict=True)]
 
+    if not info.batch_size:
+        raise ValueError("vmap: expected at least one problem, got none")
     results = [op(*problem(b)) for b in range(info.batch_size)]
     stacked = tuple(torch.stack(parts) for parts in zip(*results, strict=True))
     return stacked, (0,) * len(stacked)
@@ -47,9 +49,6 @@ def _fold(info, in_dims: tuple, args: tuple, undefined: float) -> tuple[list, in
 
     logits, target = batched(_LOGITS), batched(_TARGET)
     rows, classes = logits.shape[1:]
-    for name, position in (("target", _TARGET), ("sample_weight", _SAMPLE_WEIGHT), ("row_class", _ROW_CLASS)):
-        if args[position] is not None and batched(position).shape[1:2] != (rows,):
-            raise ValueError(f"{name}: expected {rows} entries, one a row, got {tuple(batched(position).shape[1:])}")
     share, defined = _share_of_row(args, batched, target, rows, logits, undefined)
     args[_LOGITS] = logits.reshape(batch * rows, classes)
     args[_TARGET] = target.reshape(batch * rows, *target.shape[2:])
@@ -98,11 +97,19 @@ def _reduced(loss: Tensor, rows: int, defined: Tensor, reduction: int) -> Tensor
     return torch.where(defined, loss.sum(1), torch.nan)
 
 
+def _check_slices(info, in_dims: tuple, args: tuple) -> None:
+    """Shapes, dtypes and devices, which all slices share; values are for check_values, which looks below the batch."""
+    if not info.batch_size:
+        return
+    _ops.margin_softmax_check(*(a if dim is None else a.select(dim, 0) for a, dim in zip(args, in_dims, strict=True)))
+
+
 @torch.library.register_vmap("ltkernels::margin_softmax")
 def _(info, in_dims, *args):
     *_, return_lse = args
     if not _foldable(in_dims):
         return _loop(_ops.margin_softmax, info, in_dims, args)
+    _check_slices(info, in_dims[:-1], args[:-1])  # folding reshapes, which takes more than it should
     folded, rows, defined = _fold(info, in_dims, args, undefined=0.0)
     loss, lse = _ops.margin_softmax(*folded)
     lse = lse.reshape(info.batch_size, rows) if return_lse else lse.new_empty((info.batch_size, 0))
@@ -117,7 +124,7 @@ def _(info, in_dims, *args):
     folded, rows, defined = _fold(info, in_dims, args, undefined=torch.nan)
     batch = info.batch_size
     loss, stats, grad = _ops.margin_softmax_fwd(*folded)
-    grad = grad.reshape(batch, rows, -1) if with_grad else grad.new_empty((batch, 0))
+    grad = grad.reshape(batch, rows, folded[_LOGITS].shape[1]) if with_grad else grad.new_empty((batch, 0))
     loss = _reduced(loss, rows, defined, args[_REDUCTION])
     return (loss, stats.reshape(3, batch, rows), grad), (0, 1, 0)
 
@@ -148,13 +155,12 @@ def _(info, in_dims, grad_loss, grad_lse, stats, *args):
         *folded,
     )
     empty = stats.new_empty((batch, 0))
-    return (grad.reshape(batch, rows, -1), empty, empty), (0, 0, 0)
+    return (grad.reshape(batch, rows, folded[_LOGITS].shape[1]), empty, empty), (0, 0, 0)
 
 
 @torch.library.register_vmap("ltkernels::margin_softmax_check")
 def _(info, in_dims, *args):
-    # Shapes, dtypes and devices, which all slices share; values are for check_values, which looks below the batch.
-    _ops.margin_softmax_check(*(a if dim is None else a.select(dim, 0) for a, dim in zip(args, in_dims, strict=True)))
+    _check_slices(info, in_dims, args)
     return None, None
 
 

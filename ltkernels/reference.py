@@ -202,6 +202,7 @@ def contrastive(
         wrong, wrong_keys = ((y < -1) | (y >= limit) for y in (labels, key_labels))
         labels, key_labels = torch.where(wrong, -1, labels), torch.where(wrong_keys, -1, key_labels)
     if positive_index is not None:
+        positive_index = positive_index.long()  # of which unsigned dtypes torch compares few
         own = exclude_self & (positive_index == torch.arange(rows, device=query.device)) if key is None else wrong
         wrong = (positive_index < 0) | (positive_index >= keys) | own
 

@@ -13,6 +13,7 @@ from oracle import kernels_run
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.func import functional_call, grad, jacrev, vmap
+from torch.utils.checkpoint import checkpoint
 
 import ltkernels.functional as LF
 
@@ -379,3 +380,27 @@ def test_gradients_of_mixed_precision_training() -> None:
     assert z.dtype == torch.bfloat16 and loss.dtype == torch.float32
     loss.backward()
     assert layer.weight.grad.isfinite().all() and layer.weight.grad.any()
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+def test_under_activation_checkpointing(reduction: str, dtype: torch.dtype, normalize: bool) -> None:
+    """What is saved may be unpacked once."""
+    generator = torch.Generator().manual_seed(0)
+    leaves = [
+        torch.randn(12, 5, generator=generator).to(dtype),
+        torch.rand(12, generator=generator) + 0.5,
+        torch.rand(12, generator=generator) + 0.5,
+    ]
+
+    def loss(query: Tensor, temperature: Tensor, weight: Tensor) -> Tensor:
+        options = {"labels": torch.arange(12) % 3, "normalize": normalize, "reduction": reduction}
+        return LF.contrastive_loss(query, temperature=temperature, sample_weight=weight, **options)
+
+    results = []
+    for function in (loss, lambda *x: checkpoint(loss, *x, use_reentrant=False)):
+        inputs = [x.clone().requires_grad_() for x in leaves]
+        results.append(torch.autograd.grad(function(*inputs).sum(), inputs))
+    for got, want in zip(*results, strict=True):
+        assert torch.equal(got, want)

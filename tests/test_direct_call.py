@@ -204,3 +204,37 @@ def test_errors_keep_their_type() -> None:
         LF.margin_cross_entropy(logits, target, logit_bias=torch.rand(4))
     with pytest.raises(TypeError, match="mask: expected dtype bool"):
         LF.margin_cross_entropy(logits, target, mask=torch.ones(5))
+
+
+@pytest.mark.parametrize(
+    ("position", "value"),
+    [
+        (0, torch.zeros(6, 0)),
+        (0, torch.zeros(2_000_000, 5)),
+        (1, torch.zeros(1, dtype=torch.int64)),
+        (1, torch.full((6, 1), 0.2)),
+        (2, torch.rand(1)),
+        (4, torch.rand(4)),
+        (6, torch.rand(5, 1)),
+        (7, torch.ones(6, 1, dtype=torch.bool)),
+        (8, torch.rand(1)),
+    ],
+    ids=str,
+)
+def test_inner_operators_do_not_read_beyond_their_operands(position: int, value: torch.Tensor) -> None:
+    """Nobody has checked those for a call of their own."""
+    arguments = [*example(), *REST, *NUMBERS[:-1]]
+    assert torch.ops.ltkernels.margin_softmax_fwd(*arguments, True)[0].isfinite()
+    upstream = torch.ones(()), None, torch.zeros(3, len(arguments[0]))
+    arguments[position] = value
+    with pytest.raises(ValueError, match="expected operands of"):
+        torch.ops.ltkernels.margin_softmax_fwd(*arguments, True)
+    with pytest.raises(ValueError, match="expected operands of"):
+        torch.ops.ltkernels.margin_softmax_bwd(*upstream, *arguments, 1)
+
+
+def test_the_inner_backward_checks_its_statistics() -> None:
+    arguments, one, stats = [*example(), *REST, *NUMBERS[:-1]], torch.ones(()), torch.zeros(3, 6)
+    for upstream in ((one, None, stats[:2]), (torch.ones(5), None, stats), (one, torch.ones(1), stats)):
+        with pytest.raises(ValueError, match="expected statistics and upstream gradients of 6 rows"):
+            torch.ops.ltkernels.margin_softmax_bwd(*upstream, *arguments, 1)

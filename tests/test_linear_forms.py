@@ -62,7 +62,7 @@ def test_statistics_of_ignored_rows_and_probabilities() -> None:
     x, w = randn(N, D), randn(C, D, seed=1)
     best = (x @ w.T).argmax(1)
     ignored = int(best[0])  # a class of its own number is ignored, though predicted
-    for y in (best, best.int(), best.to(torch.uint8)):
+    for y in (best, best.int(), *map(best.to, (torch.uint8, torch.uint16, torch.uint32, torch.uint64))):
         _, stats = LF.linear_margin_cross_entropy(x, w, y, ignore_index=ignored, return_stats=True)
         assert torch.equal(stats.correct, best != ignored) and stats.row_loss[0] == 0
         assert LF.linear_margin_cross_entropy(x, w, y, return_stats=True)[1].correct.all()

@@ -142,6 +142,47 @@ def test_bad_values_of_any_problem_raise(name: str, nested: bool) -> None:
     assert name in str(caught.value) and words in str(caught.value)
 
 
+# Each has as many numbers as the right one, or numbers that would spread to as many.
+MISSHAPED: dict[str, tuple[dict[str, Tensor], int | None, type[Exception]]] = {
+    "transposed mask": ({"mask": torch.ones(B, C, N, dtype=torch.bool)}, 0, ValueError),
+    "shared transposed mask": ({"mask": torch.ones(C, N, dtype=torch.bool)}, None, ValueError),
+    "mask of one class": ({"mask": torch.ones(B, 1, dtype=torch.bool)}, 0, ValueError),
+    "mask of one for each row": ({"mask": torch.ones(B, N, 1, dtype=torch.bool)}, 0, ValueError),
+    "integer sample_weight": ({"sample_weight": torch.ones(B, N, dtype=torch.int64)}, 0, TypeError),
+    "bool sample_weight": ({"sample_weight": torch.ones(B, N, dtype=torch.bool)}, 0, TypeError),
+    "sample_weight with columns": ({"sample_weight": rand(B, N, 1)}, 0, ValueError),
+}
+
+
+@pytest.mark.parametrize("transform", [lambda f: f, grad], ids=["vmap", "grad_of_vmap"])
+@pytest.mark.parametrize("name", MISSHAPED)
+def test_shapes_are_those_of_one_problem(name: str, transform: Callable) -> None:
+    """Folding problems into rows must not make sense of what none of them would take."""
+    option, dim, exception = MISSHAPED[name]
+    ((argument, value),) = option.items()
+
+    def total(f: Tensor) -> Tensor:
+        def loss(f: Tensor, t: Tensor, x: Tensor) -> Tensor:
+            return LF.margin_cross_entropy(f, t, reduction="sum", **{argument: x})
+
+        return vmap(loss, in_dims=(0, 0, dim))(f, TARGET, value).sum()
+
+    with pytest.raises(exception, match=f"^{argument}: expected"):
+        transform(total)(logits(B, N, C))
+
+
+@pytest.mark.parametrize("shape", [(B, 0, C), (0, N, C), (B, 0, C, 2), (0, N, C, 2)])
+def test_no_rows_and_no_problems(shape: tuple[int, ...]) -> None:
+    x, target = torch.zeros(shape), torch.zeros(shape[:2] + shape[3:], dtype=torch.int64)
+
+    def loss(f: Tensor, t: Tensor) -> Tensor:
+        return LF.margin_cross_entropy(f, t, reduction="sum")
+
+    assert torch.equal(vmap(loss)(x, target), torch.zeros(shape[0]))
+    if shape[0]:  # torch's own product of no problems with their upstream gradients fails
+        assert vmap(grad(loss))(x, target).shape == shape
+
+
 @pytest.mark.skipif(os.environ.get("LTKERNELS_BACKEND") == "reference", reason="runs this file")
 def test_reference_gives_the_same(run_python: Callable[..., str]) -> None:
     printed = run_python("-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, LTKERNELS_BACKEND="reference")

@@ -204,6 +204,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> backward(
   Prepared<acc_t> prepared(LTK_MARGIN_ARGUMENTS);
   auto& args = prepared.args;
   const at::ScalarType type = logits.scalar_type();
+  TORCH_CHECK_VALUE(
+      stats.numel() == 3 * args.rows && (grad_loss.dim() == 0 || grad_loss.numel() == args.rows) &&
+          (!grad_lse.has_value() || grad_lse->numel() == args.rows),
+      "margin_softmax_bwd: expected statistics and upstream gradients of ", args.rows, " rows");
   const at::Tensor statistics = stats.contiguous();
   acc_t* statistic = const_cast<acc_t*>(statistics.const_data_ptr<acc_t>());  // only read by a backward pass
   args.row_max = statistic;

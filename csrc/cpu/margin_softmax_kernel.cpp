@@ -132,7 +132,8 @@ LTK_INLINE void forward_rows(const MarginSoftmaxArgs<A>& p, int64_t begin, int64
     const A c = unit_upstream(p, i);
     const A coefficient = c * mass / p.row_logsum[i];
     // A finite coefficient has a finite sum, which has no NaN among its terms.
-    const bool finite = (coefficient - coefficient) * p.scale == 0;
+    const A k = gradient_scale(p, coefficient);
+    const bool finite = k - k == 0;
     store_gradient(p, i, v, coefficient, finite, y, v[y] * coefficient - c * mass);
   }
 }

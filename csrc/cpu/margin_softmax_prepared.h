@@ -196,6 +196,17 @@ template <typename acc_t>
 Prepared<acc_t>::Prepared(LTK_MARGIN_PARAMETERS) {
   args.rows = logits.size(0);
   args.classes = logits.size(1);
+  // The public function has said more of it; these operators can be called without.
+  const auto has = [](const OptionalTensor& x, int64_t size) { return !x.has_value() || x->numel() == size; };
+  const int64_t matrix = args.rows * args.classes;
+  TORCH_CHECK_VALUE(
+      args.classes > 0 && target.numel() == (target.is_floating_point() ? matrix : args.rows) &&
+          has(sample_weight, args.rows) && has(row_class, args.rows) && has(weight, args.classes) &&
+          has(logit_bias, args.classes) && has(target_margin, args.classes) &&
+          has(pairwise_margin, args.classes * args.classes) &&
+          (has(logit_scale, args.classes) || logit_scale->dim() == 0) &&
+          (has(mask, matrix) || (mask->dim() == 1 && has(mask, args.classes))),
+      "margin_softmax: expected operands of ", args.rows, " rows and ", args.classes, " classes, at least one");
   this->logits = unit_stride_rows(logits);
   args.logits = this->logits.const_data_ptr();
   args.logits_stride = this->logits.stride(0);

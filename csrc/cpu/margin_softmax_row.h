@@ -322,12 +322,19 @@ LTK_INLINE void store_scaled(const A* g, A k, bool finite, const A* scaled, int6
   }
 }
 
+// What multiplies a whole row of the gradient.
+template <typename A>
+LTK_INLINE A gradient_scale(const MarginSoftmaxArgs<A>& p, A coefficient) {
+  return p.scaled == nullptr ? coefficient * p.scale : coefficient;
+}
+
 // grad[i, :] = coefficient * s * a * g, then the target's entry if `y` >= 0, then exact zeros where masked.
 template <typename A, typename T>
 LTK_INLINE void store_gradient_as(
     const MarginSoftmaxArgs<A>& p, int64_t i, const A* g, A coefficient, bool finite, int64_t y, A at_target) {
   T* out = static_cast<T*>(p.grad) + i * p.grad_stride;
-  store_scaled(g, p.scaled == nullptr ? coefficient * p.scale : coefficient, finite, p.scaled, p.classes, out);
+  const A k = gradient_scale(p, coefficient);
+  store_scaled(g, k, finite, p.scaled, p.classes, out);
   if (y >= 0) out[y] = narrow<T>(at_target * (p.scaled == nullptr ? p.scale : p.scaled[y]));
   if (const bool* mask = mask_row(p, i)) {
     if (y >= 0 && !mask[y]) out[y] = narrow<T>(A(0));
@@ -335,7 +342,7 @@ LTK_INLINE void store_gradient_as(
       if (!mask[j]) out[j] = narrow<T>(A(0));
     }
   }
-  if (coefficient - coefficient != 0) zero_silenced(p, i, out);
+  if (k - k != 0) zero_silenced(p, i, out);
 }
 
 template <typename A>

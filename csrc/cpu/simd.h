@@ -320,9 +320,13 @@ LTK_INLINE float widen(float x) { return x; }
 LTK_INLINE double widen(double x) { return x; }
 LTK_INLINE float widen(BFloat16 x) { return bits_to_float(static_cast<uint32_t>(x.bits) << 16); }
 LTK_INLINE float widen(Half x) {
-  // Move the fields into place and let a multiplication by 2^112 rebias the exponent, subnormals included.
+  // Move the fields into place and let a multiplication by 2^112 rebias the exponent. What is subnormal here would be
+  // so in float, and 0 to a processor that flushes such numbers: it is an integer times 2^-24.
   const uint32_t magnitude = static_cast<uint32_t>(x.bits & 0x7fff) << 13;
   const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000) << 16;
+  if ((x.bits & 0x7c00) == 0) {
+    return bits_to_float(sign | float_to_bits(static_cast<float>(x.bits & 0x3ff) * 0x1p-24f));
+  }
   if ((x.bits & 0x7c00) == 0x7c00) return bits_to_float(sign | 0x7f800000u | magnitude);  // inf, NaN
   return bits_to_float(sign | float_to_bits(bits_to_float(magnitude) * 0x1p112f));
 }
