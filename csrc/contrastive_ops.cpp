@@ -124,8 +124,8 @@ struct ContrastiveBackward : public torch::autograd::Node {
       if (value.defined()) x[k] = value;
     }
     const auto results = call_bwd(
-        upstream, stats, *x[0], x[1], *x[2], x[3], x[4], x[5], x[6], x[7], x[8], x[9], x[10], x[11],
-        denominator_, exclude_self_, scale_by_temperature_, reduction_, wanted);
+        upstream, stats, *x[0], x[1], *x[2], x[3], x[4], x[5], x[6], x[7], x[8], x[9], x[10], x[11], denominator_,
+        exclude_self_, scale_by_temperature_, reduction_, wanted);
     const std::array<Tensor, kGradients> all = {std::get<0>(results), std::get<1>(results), std::get<2>(results),
                                                 std::get<3>(results), std::get<4>(results), std::get<5>(results)};
     for (size_t k = 0; k < kGradients; ++k) {
