@@ -83,6 +83,7 @@ class Fit:
 
     Attributes:
         module: What a step computes, with its gradients: the objective, compiled or distributed where it is.
+        fingerprints: Of the training and the test images.
         step: Steps taken.
         history: One row for each evaluation: step, epoch, lr, train_loss and the fields of
             :class:`~ltkernels.trainer.metrics.Scores`; empty on all processes but the first.
@@ -99,6 +100,7 @@ class Fit:
         channels, *size = self.images.shape[1:]
         self.augment = BatchAugment(recipe.augmentation, tuple(size), channels, data.mean, data.std).to(fabric.device)
         self.steps_per_epoch = math.ceil(len(self.target) / recipe.batch_size)
+        self.fingerprints = {"training": split.train.fingerprint, "test": split.evaluate.fingerprint}
         self._check_parts()
 
         seed_everything(recipe.seed, verbose=False)
@@ -360,6 +362,7 @@ class Fit:
         return {
             "format": _FORMAT,
             "recipe": self.recipe.hash,
+            "images": self.fingerprints,
             "step": self.step,
             "seconds": self.seconds,
             "objective": self.objective.state_dict(),
@@ -379,11 +382,12 @@ class Fit:
         """Take over a :meth:`state` of the same recipe.
 
         Raises:
-            TrainerError: it is of another recipe, or of another version of the trainer.
+            TrainerError: it is of another recipe or of other images, or of another version of the trainer.
         """
         if state.get("format") != _FORMAT or state.get("recipe") != self.recipe.hash:
             found = f"format {state.get('format')}, recipe {state.get('recipe')}"
             raise TrainerError(f"the checkpoint is of {found}; expected {_FORMAT} and {self.recipe.hash}")
+        check_images("the checkpoint", state.get("images", {}), self.fingerprints)
         self.objective.load_state_dict(state["objective"])
         if self.average is not None:
             self.average.load_state_dict(state["average"])
@@ -401,6 +405,20 @@ class Fit:
                     f"the checkpoint is of a run on another kind of device, expected {self.fabric.device.type}: {error}"
                 ) from error
         _restore_global_generators(state["generators"], self.fabric.device)
+
+
+def check_images(what: str, theirs: dict[str, str], ours: dict[str, str]) -> None:
+    """Compare fingerprints of training and test images; what older versions have written has none.
+
+    Raises:
+        TrainerError: ``what`` is of other images.
+    """
+    for part, found in theirs.items():
+        if found != ours[part]:
+            raise TrainerError(
+                f"{what} is of other {part} images, sha256 {found[:12]}, than are there now, {ours[part][:12]}: "
+                "name the data root that the run began with"
+            )
 
 
 def _generator(device: torch.device, seed: int, stream: int) -> torch.Generator:

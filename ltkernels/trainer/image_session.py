@@ -7,7 +7,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -26,7 +26,8 @@ from ltkernels.trainer.data import Split
 from ltkernels.trainer.data.pack import load_split
 from ltkernels.trainer.fit import Fit, StoppedError
 from ltkernels.trainer.image_recipes import TIERS, ImageRecipe, Tier, load_recipe, save_recipe
-from ltkernels.trainer.runfolder import RunFolder, describe, environment
+from ltkernels.trainer.locks import run_locked
+from ltkernels.trainer.runfolder import RunFolder, describe, environment, read_json
 from ltkernels.trainer.runlog import (
     FEATURES_FILE,
     PREDICTIONS_FILE,
@@ -131,7 +132,26 @@ def train_in_folder(
     command: str,
     console: Console,
 ) -> int:
-    """Take the steps of the recipe that the checkpoints of the folder do not have yet. Returns the exit status."""
+    """Take the steps of the recipe that the checkpoints of the folder do not have yet. Returns the exit status.
+
+    Raises:
+        TrainerError: another process is at work in the folder, or a user's mistake.
+    """
+    with run_locked(folder.path) if fabric.is_global_zero else nullcontext(True) as free:
+        if not fabric.broadcast(free):
+            raise TrainerError(f"{folder.path}: another process is at work on this run")
+        return _train_in_locked(fabric, folder, name, recipe, options, command, console)
+
+
+def _train_in_locked(
+    fabric: Fabric,
+    folder: RunFolder,
+    name: str,
+    recipe: ImageRecipe,
+    options: MachineOptions,
+    command: str,
+    console: Console,
+) -> int:
     data, split = load_split(recipe.dataset, recipe.long_tail, options.data_root)
     fit = Fit(fabric, recipe, data, split)
     checkpoints = CheckpointFolder(folder.path)
@@ -141,6 +161,7 @@ def train_in_folder(
     console = console if fabric.is_global_zero else Console(quiet=True)
     if fabric.is_global_zero:
         config = _config(fabric, name, recipe, split, command, fit.step)
+        config["parts"] = [*_earlier_parts(folder.path, fit.step), _part(config)]
         folder.write_json("config.json", config)
         _print_start(console, config, fit.step, recipe)
     status = _train(fit, folder, checkpoints, options.tensorboard, console)
@@ -261,6 +282,21 @@ def _config(
         "test_fingerprint": split.evaluate.fingerprint,
         **environment(fabric.device),
     }
+
+
+def _part(config: dict[str, Any]) -> dict[str, Any]:
+    """What a part of a run was made with: another part may be of other code or another machine."""
+    names = ("started", "resumed_from", "revision", "device", "cpu", "threads", "processes")
+    return {**{name: config.get(name) for name in names}, "torch": config["versions"]["torch"]}
+
+
+def _earlier_parts(folder: Path, step: int) -> list[dict[str, Any]]:
+    """Those that led to the checkpoint at ``step``, as far as the folder knows."""
+    file = folder / "config.json"
+    if step == 0 or not file.is_file():
+        return []
+    config = read_json(file)
+    return config.get("parts") or [_part(config)]
 
 
 def _now() -> str:

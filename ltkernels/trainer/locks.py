@@ -9,6 +9,11 @@ from pathlib import Path
 
 from ltkernels.trainer import TrainerError
 
+LOCK_FILE = ".lock"
+"""In a run folder."""
+LOCKED_RUN = "LTKERNELS_LOCKED_RUN"
+"""Environment variable: the run folder that the process which started this one has locked for it."""
+
 
 def try_lock(file: Path) -> int | None:
     """The descriptor of a lock, or None while another process holds it.
@@ -37,6 +42,27 @@ def folder_locked(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def run_locked(folder: Path) -> Iterator[bool]:
+    """Hold the lock of a run folder; yields False where another process holds it.
+
+    A process that a queue has started works under the queue's lock. Where there are no locks nobody is kept out.
+    """
+    if os.environ.get(LOCKED_RUN) == str(folder.resolve()):
+        yield True
+        return
+    try:
+        descriptor = try_lock(folder / LOCK_FILE)
+    except TrainerError:  # a system or a file system without locks, or a folder that cannot be written to
+        yield True
+        return
+    try:
+        yield descriptor is not None
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
 
 
 def _lock(path: Path, flags: int, wait: bool) -> int | None:

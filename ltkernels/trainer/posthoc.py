@@ -29,11 +29,12 @@ from ltkernels.trainer import TrainerError
 from ltkernels.trainer.checkpoint import read_weights
 from ltkernels.trainer.data.pack import load_split
 from ltkernels.trainer.data.sampling import epoch_order
-from ltkernels.trainer.fit import Fit, make_network
+from ltkernels.trainer.fit import Fit, check_images, make_network
 from ltkernels.trainer.image_recipes import load_recipe
-from ltkernels.trainer.image_session import open_fabric
+from ltkernels.trainer.image_session import METRICS_FILE, open_fabric
+from ltkernels.trainer.locks import run_locked
 from ltkernels.trainer.metrics import probabilities_of, score
-from ltkernels.trainer.runfolder import RunFolder
+from ltkernels.trainer.runfolder import RunFolder, read_json
 from ltkernels.trainer.runlog import scores_line
 
 PostHocName: TypeAlias = Literal["crt", "tau-norm", "lws", "logit-adjustment"]
@@ -183,13 +184,14 @@ def freeze(folder: Path, options: PostHocOptions) -> Frozen:
     """The network of a run folder, its classifier and features.
 
     Raises:
-        TrainerError: the folder is not that of a finished run, or the data is missing.
+        TrainerError: the folder is not that of a finished run, or the data is missing or other than the run's.
     """
     _, recipe = load_recipe(folder / "recipe.json")
     weights = read_weights(folder)
     data, split = load_split(recipe.dataset, recipe.long_tail, options.data_root)
     with open_fabric(recipe.precision, options.accelerator) as fabric:
         fit = Fit(fabric, recipe, data, split)
+        check_images(f"the run in {folder}", _images_of(folder), fit.fingerprints)
         network = fit.evaluated_network
         network.load_state_dict(weights)
         generator = torch.Generator(fabric.device).manual_seed(options.seed)
@@ -212,12 +214,27 @@ def freeze(folder: Path, options: PostHocOptions) -> Frozen:
         )
 
 
+def _images_of(folder: Path) -> dict[str, str]:
+    """Fingerprints of the images that a finished run was trained and evaluated on, as far as its files have them."""
+    file = folder / METRICS_FILE
+    metrics = read_json(file) if file.is_file() else {}
+    names = {"training": "train_fingerprint", "test": "test_fingerprint"}
+    return {part: metrics[name] for part, name in names.items() if name in metrics}
+
+
 def run_posthoc(folder: Path, options: PostHocOptions, command: str, console: Console) -> int:
     """Apply the methods to the weights of a run; ``posthoc-METHOD.json`` in its folder holds settings and scores.
 
     Raises:
         TrainerError: a user's mistake.
     """
+    with run_locked(folder) as free:
+        if not free:
+            raise TrainerError(f"{folder}: another process is at work on this run")
+        return _apply(folder, options, command, console)
+
+
+def _apply(folder: Path, options: PostHocOptions, command: str, console: Console) -> int:
     frozen = freeze(folder, options)
     for name in options.methods:
         # Each starts from the network as it was trained.

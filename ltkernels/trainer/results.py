@@ -24,6 +24,7 @@ from ltkernels.trainer.metrics import CALIBRATION_BINS, Outputs
 from ltkernels.trainer.papers.elm_measures import measure
 from ltkernels.trainer.posthoc import SETTINGS
 from ltkernels.trainer.results_check import check_entry
+from ltkernels.trainer.runfolder import read_json
 from ltkernels.trainer.runlog import FEATURES_FILE, PREDICTIONS_FILE
 from ltkernels.trainer.tables import PlannedRun, table_named
 
@@ -91,7 +92,7 @@ def entry(table: str, planned: PlannedRun, folder: Path) -> dict[str, Any]:
             **{name: both[name] for name in ("counts", "last", "best", "seconds")},
             **{name: both[name] for name in ("train_fingerprint", "test_fingerprint", "device", "cpu", "threads")},
             "torch": config["versions"]["torch"],
-            **{name: config.get(name) for name in ("revision", "processes")},  # older runs have neither
+            **{name: config.get(name) for name in ("revision", "processes", "parts")},  # older runs have none of them
             "date": finished.date().isoformat(),
         }
     except (KeyError, TypeError, ValueError) as error:
@@ -104,7 +105,7 @@ def entry(table: str, planned: PlannedRun, folder: Path) -> dict[str, Any]:
         for name, file in applied.items()
     }
     found["elm"] = _elm(folder) if table.startswith(_ELM_TABLES) else None
-    exact = ("recipe_fields", "post_hoc_settings")
+    exact = ("recipe_fields", "post_hoc_settings", "parts")
     found = {name: value if name in exact else _rounded(value) for name, value in found.items()}
     check_entry(str(folder), found)
     return found
@@ -126,23 +127,6 @@ def check_hash(folder: Path, metrics: dict[str, Any], planned: PlannedRun) -> No
     if metrics.get("recipe_hash") != planned.recipe.hash:
         found = metrics.get("recipe_hash")
         raise TrainerError(f"{folder}: its run is of recipe {found}, expected {planned.recipe.hash}")
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """The fields that a file of a run holds.
-
-    Raises:
-        TrainerError: it cannot be read, or holds something else.
-    """
-    try:
-        content = json.loads(file.read_text())
-    except OSError as error:
-        raise TrainerError(f"{file}: {error.strerror}") from error
-    except ValueError as error:
-        raise TrainerError(f"{file}: damaged, {error}") from error
-    if not isinstance(content, dict):
-        raise TrainerError(f"{file}: expected fields, got {type(content).__name__}")
-    return content
 
 
 def _fields(file: Path, name: str) -> dict[str, Any]:

@@ -24,6 +24,7 @@ LATER_FIELDS: dict[str, tuple[tuple[type, ...], str]] = {
     "revision": ((str, type(None)), "text or null"),
     "processes": ((int, type(None)), "an integer or null"),
     "post_hoc_settings": ((dict, type(None)), "fields or null"),
+    "parts": ((list, type(None)), "a list or null"),
 }
 _GROUPS = ("many", "medium", "few")  # null where a group has no class
 _CALIBRATION = ("count", "confidence", "accuracy")
@@ -40,6 +41,10 @@ def check_entry(where: str, values: Any) -> None:
         _check_type(f"{where}.{name}", _field(where, values, name), kinds, words)
     for name, (kinds, words) in LATER_FIELDS.items():
         _check_type(f"{where}.{name}", values.get(name), kinds, words)
+    for number, part in enumerate(values.get("parts") or ()):
+        _check_type(f"{where}.parts[{number}]", part, (dict,), "fields")
+        for name in ("device", "cpu", "threads", "torch"):
+            _field(f"{where}.parts[{number}]", part, name)
     _check_number(f"{where}.seconds", values["seconds"])
     classes = len(values["counts"])
     _check_numbers(f"{where}.counts", values["counts"], classes)

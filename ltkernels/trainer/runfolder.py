@@ -64,6 +64,23 @@ class RunFolder:
         self.write(name, json.dumps(content, indent=2) + "\n")
 
 
+def read_json(file: Path) -> dict[str, Any]:
+    """The fields that a file of a run holds.
+
+    Raises:
+        TrainerError: it cannot be read, or holds something else.
+    """
+    try:
+        content = json.loads(file.read_text())
+    except OSError as error:
+        raise TrainerError(f"{file}: {error.strerror}") from error
+    except ValueError as error:
+        raise TrainerError(f"{file}: damaged, {error}") from error
+    if not isinstance(content, dict):
+        raise TrainerError(f"{file}: expected fields, got {type(content).__name__}")
+    return content
+
+
 def environment(device: torch.device) -> dict[str, Any]:
     """Versions and hardware, as far as a reader needs them to judge times and repeat a run."""
     return {

@@ -34,14 +34,13 @@ from ltkernels.trainer.image_session import (
     TERMINATED,
     stop_signals,
 )
-from ltkernels.trainer.locks import try_lock
+from ltkernels.trainer.locks import LOCK_FILE, LOCKED_RUN, try_lock
 from ltkernels.trainer.posthoc import POST_HOC
-from ltkernels.trainer.runfolder import RUNS, RunFolder
+from ltkernels.trainer.runfolder import RUNS, RunFolder, read_json
 from ltkernels.trainer.runlog import scores_line
 from ltkernels.trainer.tables import CHOICES, PlannedRun, table_named
 
 LOG_FILE = "train.log"
-LOCK_FILE = ".lock"
 PROGRAM: tuple[str, ...] = (sys.executable, "-m", "ltkernels.cli")
 _POLL = 0.1  # seconds
 _LINES_OF_A_FAILURE = 8
@@ -115,7 +114,10 @@ def run_table(options: TableOptions, console: Console) -> int:
     def say(line: str) -> None:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
 
+    finished: set[str] = set()
+
     def on_finished(run: PlannedRun) -> None:
+        finished.add(run.recipe.hash)
         entry = results.entry(options.name, run, options.runs / run.name)
         results.store(file, {"table": options.name, "tier": options.tier, "runs": {run.recipe.hash: entry}})
 
@@ -125,9 +127,14 @@ def run_table(options: TableOptions, console: Console) -> int:
     with stop_signals() as received:
         queue.work(received)
     unreadable: list[TrainerError] = []
-    stored = results.store(file, results.collect(options.name, options.tier, options.runs, unreadable.append))
+    found = results.collect(options.name, options.tier, options.runs, unreadable.append)
+    others = _stored_otherwise(found, file, finished)
+    found["runs"] = {name: values for name, values in found["runs"].items() if name not in others}
+    stored = results.store(file, found)
     console.print(overview(planned, stored))
     say(f"{len(stored['runs'])} runs stored in {file}")
+    if others:
+        say(f"not stored: results in {options.runs} that differ from the stored ones, of {', '.join(sorted(others))}")
     for error in unreadable:
         say(f"not stored: {error}")
     if queue.failed:
@@ -137,6 +144,16 @@ def run_table(options: TableOptions, console: Console) -> int:
     if received:
         return INTERRUPTED if signal.SIGINT in received else TERMINATED
     return 0
+
+
+def _stored_otherwise(found: results.Results, file: Path, finished: set[str]) -> set[str]:
+    """Runs of before with other results than are stored for them: those of another machine, perhaps, which stay."""
+    held = results.load(file)["runs"] if file.exists() else {}
+    return {
+        name
+        for name, values in found["runs"].items()
+        if name not in finished and name in held and held[name]["last"] != values["last"]
+    }
 
 
 def chosen_runs(options: TableOptions) -> list[PlannedRun]:
@@ -277,6 +294,7 @@ class Queue:
         options, environment = self._options, dict(os.environ)
         threads = options.threads_of_a_run
         environment["OMP_NUM_THREADS"] = str(threads)  # for commands without an option
+        environment[LOCKED_RUN] = str(job.folder.resolve())
         command = [*PROGRAM, *_arguments(job), "--accelerator", options.accelerator]
         if job.stage == "train":
             command += ["--threads", str(threads), "--no-tensorboard"]
@@ -315,7 +333,7 @@ class Queue:
         self._done += 1
         self._finished_now += bool(job.stage)
         try:
-            last = results.read_json(job.folder / METRICS_FILE)["last"]
+            last = read_json(job.folder / METRICS_FILE)["last"]
             self._on_finished(job.planned)
         except (KeyError, TrainerError) as error:
             return self._fail(job.planned, str(error))
@@ -356,7 +374,7 @@ def next_stage(planned: PlannedRun, folder: Path) -> str | None:
     """
     if not (folder / METRICS_FILE).is_file():
         return "train"
-    results.check_hash(folder, results.read_json(folder / METRICS_FILE), planned)
+    results.check_hash(folder, read_json(folder / METRICS_FILE), planned)
     return "posthoc" if planned.arm.post_hoc and missing_post_hoc(folder) else None
 
 

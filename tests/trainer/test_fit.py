@@ -310,7 +310,7 @@ def test_a_run_folder(tmp_path, capsys):
     arguments = ["train", "tiny-ldam-drw", "--steps", "12", "--settings.max-margin", "0.3", "--out", "run", *CPU]
     assert main(arguments) == 0
     folder = tmp_path / "run"
-    expected = ["config.json", "features.npz", "log.csv", "metrics.json", "predictions.npz", "recipe.json"]
+    expected = [".lock", "config.json", "features.npz", "log.csv", "metrics.json", "predictions.npz", "recipe.json"]
     assert [name for name in names(folder) if not name.startswith("weights.")] == expected
 
     recipe = dataclasses.replace(IMAGE_RECIPES["tiny-ldam-drw"], steps=12)

@@ -82,7 +82,7 @@ def test_converted_numbers_and_other_conditions_are_labelled(tmp_path, quick):
     page, _ = report(tmp_path)
     assert "38.06 ±1.03 (a); 37.73 (b); 39.87 (c)" in page
     assert re.search(r"- \(b\) \[.*Bag of Tricks.*\]\(https://\S+\): .*converted here to accuracy", page)
-    assert re.search(r"- \(c\) \[official code of logit adjustment\]\(https://\S+\): seven times the epochs", page)
+    assert re.search(r"- \(c\) \[official code of logit adjustment\]\(https://\S+\): 1,419 epochs", page)
     assert re.search(r"> - \(a\) DDC repository does not say whether", page)
     cells = {
         (setting.dataset, method): published.reported(setting, method)[-1].cell

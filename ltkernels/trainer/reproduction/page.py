@@ -106,14 +106,21 @@ def hardware_table(section: Section) -> str:
     """What the runs were made with, and how long one took."""
     groups: dict[tuple[str, str, str, str], list[StoredRun]] = {}
     for run in section.runs:
-        device = run["cpu"] if run["device"] == "cpu" else f"{run['device']}; {run['cpu']}"
-        torch = f"{run['torch']}{', compiled' if run.recipe.get('compile') else ''}"
-        key = (str(device), str(run["threads"]), torch, str(run.recipe["views"]))
+        parts = run.values.get("parts") or [run.values]
+        device = _each(part["cpu"] if part["device"] == "cpu" else f"{part['device']}; {part['cpu']}" for part in parts)
+        compiled = ", compiled" if run.recipe.get("compile") else ""
+        key = (device, _each(part["threads"] for part in parts), _each(part["torch"] for part in parts) + compiled,
+               str(run.recipe["views"]))  # fmt: skip
         groups.setdefault(key, []).append(run)
     rows = [
         [*key, f"{len(runs)}", _minutes(median(run["seconds"] for run in runs))] for key, runs in sorted(groups.items())
     ]
     return markdown_table(["hardware", "threads", "torch", "views", "runs", "wall time a run (median)"], rows)
+
+
+def _each(values: Iterable[object]) -> str:
+    """Those of the parts of a run that was resumed: one, where they are equal."""
+    return ", then ".join(dict.fromkeys(map(str, values)))
 
 
 def _minutes(seconds: float) -> str:

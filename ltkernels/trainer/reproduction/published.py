@@ -90,8 +90,8 @@ ADJUSTMENT = Source(
     "c",
     "official code of logit adjustment",
     "https://github.com/google-research/google-research/tree/master/logit_adjustment",
-    "seven times the epochs here (1,419 on CIFAR-100, 1,241 on CIFAR-10) with a schedule of its own, Nesterov momentum "
-    "and random crops of images padded by 2; the last epoch; no standard deviation",
+    "1,419 epochs on CIFAR-100, 1,241 on CIFAR-10, with a schedule of its own, Nesterov momentum and "
+    "random crops of images padded by 2; the last epoch; no standard deviation",
 )
 SOURCES = (DDC, TRICKS, ADJUSTMENT)
 
