@@ -28,6 +28,7 @@ from ltkernels.trainer.checkpoint import CheckpointFolder
 from ltkernels.trainer.data import LabelledImages, Split
 from ltkernels.trainer.data.augment import BatchAugment
 from ltkernels.trainer.data.datasets import ImageDataset
+from ltkernels.trainer.data.images import check_images
 from ltkernels.trainer.data.mixing import mix
 from ltkernels.trainer.data.sampling import epoch_order
 from ltkernels.trainer.ema import ExponentialMovingAverage
@@ -320,8 +321,14 @@ class Fit:
     def logits(self) -> Tensor:
         """Logits (N, C) of the evaluation images without augmentation, float32 on the host."""
         if self._logits is None or self._logits[0] != self.step:
-            self._logits = self.step, self.outputs(self.evaluated_network, self.test_images)
+            self._logits = self.step, self.outputs(self._evaluated_logits, self.test_images)
         return self._logits[1]
+
+    def _evaluated_logits(self, images: Tensor) -> Tensor:
+        """By a classifier in float32: of logits rounded to 16 bits one in a hundred ties, and the first class wins."""
+        embedding = self.evaluated_network.features(images)
+        with torch.autocast(self.fabric.device.type, enabled=False):
+            return self.evaluated_network.classifier(embedding.float())
 
     def outputs(
         self, module: Callable[[Tensor], Tensor], images: Tensor, prepare: Callable[[Tensor], Tensor] | None = None
@@ -405,20 +412,6 @@ class Fit:
                     f"the checkpoint is of a run on another kind of device, expected {self.fabric.device.type}: {error}"
                 ) from error
         _restore_global_generators(state["generators"], self.fabric.device)
-
-
-def check_images(what: str, theirs: dict[str, str], ours: dict[str, str]) -> None:
-    """Compare fingerprints of training and test images; what older versions have written has none.
-
-    Raises:
-        TrainerError: ``what`` is of other images.
-    """
-    for part, found in theirs.items():
-        if found != ours[part]:
-            raise TrainerError(
-                f"{what} is of other {part} images, sha256 {found[:12]}, than are there now, {ours[part][:12]}: "
-                "name the data root that the run began with"
-            )
 
 
 def _generator(device: torch.device, seed: int, stream: int) -> torch.Generator:

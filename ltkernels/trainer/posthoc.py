@@ -27,9 +27,10 @@ from ltkernels.margins import post_hoc_logit_adjustment
 from ltkernels.nn import MarginCrossEntropyLoss
 from ltkernels.trainer import TrainerError
 from ltkernels.trainer.checkpoint import read_weights
+from ltkernels.trainer.data.images import check_images
 from ltkernels.trainer.data.pack import load_split
 from ltkernels.trainer.data.sampling import epoch_order
-from ltkernels.trainer.fit import Fit, check_images, make_network
+from ltkernels.trainer.fit import Fit, make_network
 from ltkernels.trainer.image_recipes import load_recipe
 from ltkernels.trainer.image_session import METRICS_FILE, open_fabric
 from ltkernels.trainer.locks import run_locked

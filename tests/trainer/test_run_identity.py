@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("lightning_fabric", reason="needs the trainer's dependencies: pip install 'ltkernels[trainer]'")
 
@@ -158,3 +159,16 @@ def test_results_of_another_machine_stay(tmp_path, monkeypatch, capsys):
         *(elsewhere[name]["last"]["overall"] for name in (second, third)),
     ]
     assert f"that differ from the stored ones, of {first}" in capsys.readouterr().out
+
+
+def test_scores_do_not_depend_on_how_logits_round():
+    """In 16 bits many logits of an image would be equal, and the first class, the largest, would have them all."""
+    with open_fabric("bf16-mixed", "cpu") as fabric:
+        data = load_tiny()
+        recipe = dataclasses.replace(RECIPE, precision="bf16-mixed")
+        fit = Fit(fabric, recipe, data, long_tailed_split(data, recipe.long_tail))
+        logits = fit.logits()
+        embedding = fit.outputs(fit.network.features, fit.test_images)
+    assert torch.equal(embedding, embedding.bfloat16().float()), "features are those of the precision"
+    assert not torch.equal(logits, logits.bfloat16().float())
+    torch.testing.assert_close(logits, fit.network.classifier(embedding))

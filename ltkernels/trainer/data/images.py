@@ -94,3 +94,17 @@ class ImageDataset:
     test: LabelledImages
     mean: tuple[float, ...]
     std: tuple[float, ...]
+
+
+def check_images(what: str, theirs: dict[str, str], ours: dict[str, str]) -> None:
+    """Compare fingerprints of training and test images; what older versions have written has none.
+
+    Raises:
+        TrainerError: ``what`` is of other images.
+    """
+    for part, found in theirs.items():
+        if found != ours[part]:
+            raise TrainerError(
+                f"{what} is of other {part} images, sha256 {found[:12]}, than are there now, {ours[part][:12]}: "
+                "name the data root that the run began with"
+            )
