@@ -137,38 +137,37 @@ def train_in_folder(
     Raises:
         TrainerError: another process is at work in the folder, or a user's mistake.
     """
+    with _only_here(fabric, folder):
+        data, split = load_split(recipe.dataset, recipe.long_tail, options.data_root)
+        fit = Fit(fabric, recipe, data, split)
+        checkpoints = CheckpointFolder(folder.path)
+        state = checkpoints.load()
+        if state is not None:
+            fit.restore(state)
+        console = console if fabric.is_global_zero else Console(quiet=True)
+        if fabric.is_global_zero:
+            config = _config(fabric, name, recipe, split, command, fit.step)
+            config["parts"] = [*_earlier_parts(folder.path, fit.step), _part(config)]
+            folder.write_json("config.json", config)
+            _print_start(console, config, fit.step, recipe)
+        status = _train(fit, folder, checkpoints, options.tensorboard, console)
+        if status == 0 and fabric.is_global_zero:
+            _finish(fit, folder, config, console)
+        fabric.barrier()
+        return status
+
+
+@contextmanager
+def _only_here(fabric: Fabric, folder: RunFolder) -> Iterator[None]:
+    """No other run in the folder meanwhile, which the first process sees to for all.
+
+    Raises:
+        TrainerError: another process is at work in it.
+    """
     with run_locked(folder.path) if fabric.is_global_zero else nullcontext(True) as free:
         if not fabric.broadcast(free):
             raise TrainerError(f"{folder.path}: another process is at work on this run")
-        return _train_in_locked(fabric, folder, name, recipe, options, command, console)
-
-
-def _train_in_locked(
-    fabric: Fabric,
-    folder: RunFolder,
-    name: str,
-    recipe: ImageRecipe,
-    options: MachineOptions,
-    command: str,
-    console: Console,
-) -> int:
-    data, split = load_split(recipe.dataset, recipe.long_tail, options.data_root)
-    fit = Fit(fabric, recipe, data, split)
-    checkpoints = CheckpointFolder(folder.path)
-    state = checkpoints.load()
-    if state is not None:
-        fit.restore(state)
-    console = console if fabric.is_global_zero else Console(quiet=True)
-    if fabric.is_global_zero:
-        config = _config(fabric, name, recipe, split, command, fit.step)
-        config["parts"] = [*_earlier_parts(folder.path, fit.step), _part(config)]
-        folder.write_json("config.json", config)
-        _print_start(console, config, fit.step, recipe)
-    status = _train(fit, folder, checkpoints, options.tensorboard, console)
-    if status == 0 and fabric.is_global_zero:
-        _finish(fit, folder, config, console)
-    fabric.barrier()
-    return status
+        yield
 
 
 def _train(fit: Fit, folder: RunFolder, checkpoints: CheckpointFolder, tensorboard: bool, console: Console) -> int:
