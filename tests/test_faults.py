@@ -85,7 +85,7 @@ FAULTS: dict[str, tuple[str, str]] = {
     "target mass of silenced classes stays": ("  zero_silenced(p, i, t);", "  // "),
     "a neighbor weight above 0 drops target mass": ("if (p.log_neighbor_weight == -kInfinity<A>) {", "{"),
     "gradient of silenced classes not zeroed": (
-        "  if (coefficient - coefficient != 0) zero_",
+        "  if (k - k != 0) zero_",
         "  if (false) zero_",
     ),
     "gradient of silenced classes not zeroed in backward": ("  zero_silenced(p, i, g);", "  // "),
