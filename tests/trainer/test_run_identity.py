@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -118,12 +119,7 @@ def test_the_page_names_the_machines_of_all_parts():
         results.check_entry("entry", values | {"parts": parts})
         runs.append(StoredRun(name, values | {"parts": parts}))
 
-    class Section:
-        pass
-
-    section = Section()
-    section.runs = runs
-    lines = hardware_table(section).splitlines()
+    lines = hardware_table(SimpleNamespace(runs=runs)).splitlines()
     assert [line.split("|")[1:4] for line in lines[2:]] == [
         [" Some Processor ", " 1, then 2 ", " 2.13.0, then 2.14.0 "],
         [" Some Processor ", " 2 ", " 2.13.0 "],
