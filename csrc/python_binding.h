@@ -7,12 +7,13 @@
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/python_headers.h>
 
+#include <initializer_list>
 #include <optional>
 
 namespace ltkernels {
 
 // The arguments of one call. Each accessor reads the next one; `plain` turns false at one that is not of the exact
-// type expected (a tensor subclass, a symbolic number, a mistake): then the generic call must decide.
+// type expected (a tensor subclass, a sparse tensor, a symbolic number, a mistake): then the generic call must decide.
 class PythonArguments {
  public:
   PythonArguments(PyObject* const* values, Py_ssize_t size) : next_(values), end_(values + size) {}
@@ -22,7 +23,8 @@ class PythonArguments {
   at::Tensor tensor() {
     PyObject* x = next();
     if (x == nullptr || !THPVariable_CheckExact(x)) return fail<at::Tensor>();
-    return THPVariable_Unpack(x);
+    const at::Tensor& value = THPVariable_Unpack(x);
+    return value.layout() == at::kStrided && !value.is_nested() ? value : fail<at::Tensor>();
   }
 
   std::optional<at::Tensor> optional_tensor() {
@@ -44,6 +46,16 @@ class PythonArguments {
     int overflow = 0;
     const long long value = PyLong_AsLongLongAndOverflow(x, &overflow);
     return overflow == 0 ? value : fail<int64_t>();
+  }
+
+  // Which of the words, counted from 0.
+  int64_t word(std::initializer_list<const char*> words) {
+    PyObject* x = next();
+    if (x == nullptr || !PyUnicode_CheckExact(x)) return fail<int64_t>();
+    for (const char* const& word : words) {
+      if (PyUnicode_CompareWithASCIIString(x, word) == 0) return &word - words.begin();
+    }
+    return fail<int64_t>();
   }
 
   bool boolean() {

@@ -10,17 +10,17 @@
 namespace ltkernels {
 namespace {
 
-// (first, second), or (first, None): a Python object for a tensor that nobody wants costs as much as a small kernel.
-PyObject* pack(const at::Tensor& first, const at::Tensor& second, bool with_second) {
+PyObject* pair_of(const at::Tensor& first, const at::Tensor& second) {
   PyObject* pair = PyTuple_New(2);
   if (pair == nullptr) return nullptr;
   PyTuple_SET_ITEM(pair, 0, THPVariable_Wrap(first));
-  PyTuple_SET_ITEM(pair, 1, with_second ? THPVariable_Wrap(second) : Py_NewRef(Py_None));
+  PyTuple_SET_ITEM(pair, 1, THPVariable_Wrap(second));
   return pair;
 }
 
-// `overload` is torch.ops.ltkernels.margin_softmax.default: it takes every call that is not plain.
-PyObject* margin_softmax(PyObject* overload, PyObject* const* values, Py_ssize_t size) {
+// The operator for rows of classes: what ltkernels.functional.margin_cross_entropy returns, or NotImplemented for a
+// call that Python has to look at first. To find out in Python takes half as long as the loss of a small batch.
+PyObject* margin_softmax(PyObject*, PyObject* const* values, Py_ssize_t size) {
   HANDLE_TH_ERRORS
   using Signature = std::tuple<at::Tensor, at::Tensor>(LTK_MARGIN_PARAMETERS, bool);
   static const auto op =
@@ -34,15 +34,16 @@ PyObject* margin_softmax(PyObject* overload, PyObject* const* values, Py_ssize_t
                        neighbor_offsets = next.optional_tensor(), neighbor_classes = next.optional_tensor();
   const double scale = next.real(), neighbor_weight = next.real();
   const int64_t back_from = next.integer();
-  const int64_t reduction = next.integer(), ignore_index = next.integer();
+  const int64_t reduction = next.word({"none", "mean", "sum"}), ignore_index = next.integer();
   const double label_smoothing = next.real();
   const bool return_lse = next.boolean();
-  if (!next.plain()) return PyObject_Vectorcall(overload, values, static_cast<size_t>(size), nullptr);
+  const bool rows = next.plain() && logits.dim() == 2 && (logits.is_cpu() || logits.is_cuda());
+  if (!rows || (target_margin.has_value() && target_margin->dim() == 0)) return Py_NewRef(Py_NotImplemented);
   const auto [loss, lse] = [&] {
     const pybind11::gil_scoped_release no_gil;
     return op.call(LTK_MARGIN_ARGUMENTS, return_lse);
   }();
-  return pack(loss, lse, return_lse);
+  return return_lse ? pair_of(loss, lse) : THPVariable_Wrap(loss);
   END_HANDLE_TH_ERRORS
 }
 
@@ -61,17 +62,21 @@ PyObject* log_prior(PyObject* overload, PyObject* const* values, Py_ssize_t size
 }
 
 template <PyObject* (*kCall)(PyObject*, PyObject* const*, Py_ssize_t)>
-PyObject* direct(PyObject*, PyObject* overload) {
-  static PyMethodDef method = {
-      "direct", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(kCall)), METH_FASTCALL, nullptr};
+PyCFunction fast_call() {
+  return reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(kCall));
+}
+
+PyObject* direct_log_prior(PyObject*, PyObject* overload) {
+  static PyMethodDef method = {"direct_log_prior", fast_call<log_prior>(), METH_FASTCALL, nullptr};
   return PyCFunction_New(&method, overload);
 }
 
 PyMethodDef kMethods[] = {
-    {"direct_margin_softmax", &direct<margin_softmax>, METH_O,
-     "direct_margin_softmax(overload): the operator without the generic call's argument matching, and with None for "
-     "an lse that is not asked for."},
-    {"direct_log_prior", &direct<log_prior>, METH_O, "direct_log_prior(overload): as direct_margin_softmax."},
+    {"margin_softmax", fast_call<margin_softmax>(), METH_FASTCALL,
+     "The operator's arguments, reduction in words: the loss, or (loss, lse) where it is asked for; NotImplemented for "
+     "arguments that are not plain."},
+    {"direct_log_prior", &direct_log_prior, METH_O,
+     "direct_log_prior(overload): the operator without the generic call's argument matching."},
     {nullptr, nullptr, 0, nullptr}};
 
 PyModuleDef kModule = {

@@ -20,7 +20,7 @@ BACKEND = os.environ.get("LTKERNELS_BACKEND", "auto")
 if BACKEND not in BACKENDS:
     raise ImportError(f"LTKERNELS_BACKEND: expected one of {', '.join(BACKENDS)}, got {BACKEND!r}")
 
-_KERNELS_ENABLED = BACKEND == "auto"
+KERNELS_ENABLED = BACKEND == "auto"
 
 # The overload itself: looking it up through torch.ops costs a microsecond a call.
 margin_softmax = torch.ops.ltkernels.margin_softmax.default
@@ -28,7 +28,7 @@ margin_softmax_check = torch.ops.ltkernels.margin_softmax_check.default
 log_prior = torch.ops.ltkernels.log_prior.default
 
 # The same without torch.ops' generic call, for eager execution; Dynamo cannot look inside.
-margin_softmax_direct = _C.direct_margin_softmax(margin_softmax)
+margin_softmax_direct = _C.margin_softmax
 log_prior_direct = _C.direct_log_prior(log_prior)
 
 GRAD_LOGITS, GRAD_CLASS, GRAD_PAIRWISE = 1, 2, 4  # bits of margin_softmax_bwd's `grads`, as in margin_softmax_op.h
@@ -42,7 +42,7 @@ contrastive = torch.ops.ltkernels.contrastive.default
 
 def uses_kernel(x: Tensor) -> bool:
     """Whether a kernel, not the definition in reference.py, serves tensors on the device of ``x``."""
-    return _KERNELS_ENABLED and (x.is_cpu or x.is_cuda or x.is_meta)
+    return KERNELS_ENABLED and (x.is_cpu or x.is_cuda or x.is_meta)
 
 
 def kernel_calls() -> dict[str, int]:

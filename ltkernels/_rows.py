@@ -48,18 +48,20 @@ def margin_softmax(
         input, target, mask, sample_weight, row_class = _as_rows(input, target, mask, sample_weight, row_class)
 
     try:
+        arguments = (
+            input, target, weight, logit_scale, logit_bias, target_margin, pairwise_margin, mask, sample_weight,
+            row_class, neighbor_offsets, neighbor_classes, scale, neighbor_weight, back_from,
+        )  # fmt: skip
         if _ops.uses_kernel(input):
-            call = _ops.margin_softmax if is_compiling() else _ops.margin_softmax_direct
-            loss, lse = call(
-                input, target, weight, logit_scale, logit_bias, target_margin, pairwise_margin, mask, sample_weight,
-                row_class, neighbor_offsets, neighbor_classes, scale, neighbor_weight, back_from, reduction_code,
-                ignore_index, label_smoothing, return_lse,
-            )  # fmt: skip
+            result = NotImplemented
+            if not is_compiling():
+                result = _ops.margin_softmax_direct(*arguments, reduction, ignore_index, label_smoothing, return_lse)
+            if result is NotImplemented:
+                result = _ops.margin_softmax(*arguments, reduction_code, ignore_index, label_smoothing, return_lse)
+            elif not return_lse:
+                result = result, None
+            loss, lse = result
         else:
-            arguments = (
-                input, target, weight, logit_scale, logit_bias, target_margin, pairwise_margin, mask, sample_weight,
-                row_class, neighbor_offsets, neighbor_classes, scale, neighbor_weight, back_from,
-            )  # fmt: skip
             _ops.margin_softmax_check(*arguments, reduction_code, ignore_index, label_smoothing)
             check_values(*arguments[:2], *arguments[3:8], row_class, ignore_index)
             loss, lse = reference.margin_softmax(*arguments, reduction, ignore_index, label_smoothing)

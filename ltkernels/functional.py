@@ -13,7 +13,7 @@ from numbers import Real
 
 import torch
 from torch import Tensor
-from torch.compiler import is_compiling
+from torch.compiler import is_compiling, is_dynamo_compiling
 
 from ltkernels import _ops
 from ltkernels._contrastive import (
@@ -122,6 +122,13 @@ def margin_cross_entropy(
         >>> loss = LF.margin_cross_entropy(logits, target, logit_bias=counts.log())  # balanced softmax
         >>> loss.backward()
     """
+    if _ops.KERNELS_ENABLED and not is_dynamo_compiling():
+        result = _ops.margin_softmax_direct(
+            input, target, weight, logit_scale, logit_bias, target_margin, pairwise_margin, mask, sample_weight, None,
+            None, None, scale, 1.0, -1, reduction, ignore_index, label_smoothing, return_lse,
+        )  # fmt: skip
+        if result is not NotImplemented:
+            return result
     return margin_softmax(
         input, target, weight, logit_scale, logit_bias, target_margin, pairwise_margin, mask, sample_weight, None, None,
         None, scale, 1.0, -1, reduction, ignore_index, label_smoothing, return_lse,

@@ -105,7 +105,7 @@ def test_small_float16_numbers_where_the_processor_flushes_smaller_ones(classes:
 def test_what_a_masked_class_holds_reaches_no_gradient(
     value: float, shape: tuple, learned: str, probabilities: bool, backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_ops, "_KERNELS_ENABLED", backend == "kernel")
+    monkeypatch.setattr(_ops, "KERNELS_ENABLED", backend == "kernel")
     mask = torch.ones(shape, dtype=torch.bool)
     mask[..., 4] = False
     target: Tensor = CLASS
