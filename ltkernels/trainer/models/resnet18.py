@@ -31,7 +31,7 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         out = F.relu(self.bn1(self.conv1(x)), inplace=True)
         out = self.bn2(self.conv2(out))
-        return F.relu(out + self.shortcut(x), inplace=True)
+        return F.relu(out.add_(self.shortcut(x)), inplace=True)
 
 
 def resnet18(in_channels: int, num_classes: int, classifier: Classifier = "linear", width: float = 1.0) -> ImageNetwork:

@@ -35,7 +35,7 @@ class Block(nn.Module):
             x = x[:, :, :: self.stride, :: self.stride]
         if any(self.new_channels):
             x = F.pad(x, (0, 0, 0, 0, *self.new_channels))
-        return F.relu(out + x, inplace=True)
+        return F.relu(out.add_(x), inplace=True)
 
 
 def resnet32(in_channels: int, num_classes: int, classifier: Classifier = "linear", width: float = 1.0) -> ImageNetwork:
