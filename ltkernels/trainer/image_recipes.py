@@ -67,7 +67,7 @@ class ImageRecipe:
     nesterov: bool = False
     """Nesterov's form of momentum."""
     weight_decay: float = 2e-4
-    """Weight decay of SGD, on every parameter."""
+    """Weight decay of SGD, on every parameter but the prototypes of ELM."""
     schedule: Schedule = "step"
     """After the warm-up: constant with drops, or half a cosine down to 0."""
     warmup: float = 5 / 200

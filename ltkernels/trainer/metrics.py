@@ -88,7 +88,9 @@ def score(probabilities: Tensor, target: Tensor, class_counts: Sequence[int]) ->
         group: [accuracy for accuracy, n in zip(per_class, class_counts, strict=True) if shot_group(n) == group]
         for group in ("many", "medium", "few")
     }
-    ece = multiclass_calibration_error(probabilities, target, classes, n_bins=CALIBRATION_BINS, norm="l1")
+    # torchmetrics puts a confidence of exactly 1 into a bin of its own, the sixteenth.
+    below_one = probabilities.clamp(max=1 - 2**-24)
+    ece = multiclass_calibration_error(below_one, target, classes, n_bins=CALIBRATION_BINS, norm="l1")
     return Scores(
         overall=100 * multiclass_accuracy(predicted, target, classes, average="micro").item(),
         **{group: sum(values) / len(values) if values else None for group, values in groups.items()},

@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 pytest.importorskip("torchmetrics", reason="needs the trainer's dependencies: pip install 'ltkernels[trainer]'")
 
@@ -44,6 +45,16 @@ def brute_force(probabilities, target, counts):
             confidence = sum(top for _, top in in_bin) / len(in_bin)
             ece += len(in_bin) / len(hits) * abs(accuracy - confidence)
     return per_class, 100 * sum(hit for hit, _, _ in hits) / len(hits), 100 * ece
+
+
+def test_a_confidence_of_one_is_in_the_last_bin():
+    target = torch.arange(7).repeat(8)
+    probabilities = torch.full((len(target), 7), 0.04 / 6)
+    probabilities[range(len(target)), target] = 0.96
+    sure = torch.arange(len(target)) % 2 == 0
+    probabilities[sure] = F.one_hot(torch.where(torch.arange(len(target)) % 4 == 0, target, 0), 7).float()[sure]
+    _, _, ece = brute_force(probabilities, target, COUNTS)
+    assert score(probabilities, target, COUNTS).ece == pytest.approx(ece, abs=1e-3)
 
 
 @pytest.mark.parametrize("seed", range(4))

@@ -8,6 +8,8 @@ pytest.importorskip("lightning_fabric", reason="needs the trainer's dependencies
 import stored_results as stored  # noqa: E402
 from stored_results import DIFFERENCES, report, rows  # noqa: E402
 
+from ltkernels.trainer import TrainerError  # noqa: E402
+
 
 @pytest.fixture
 def quick(monkeypatch):
@@ -123,3 +125,29 @@ def test_five_pairs_decide_nothing_and_only_pairs_count(tmp_path, quick):
 def test_without_cross_entropy_nothing_is_compared(tmp_path, quick):
     stored.supervised(tmp_path / "results", arms=("vs",), seeds=(0,))
     assert "None: cross-entropy has no run here." in report(tmp_path)[0]
+
+
+# What may not be compared
+
+
+@pytest.mark.parametrize(
+    "field, value, what",
+    [
+        ("train_fingerprint", "c" * 64, "training images of subset 0: (00aaaaaaaaaa and c{12}|c{12} and 00aaaaaaaaaa)"),
+        ("test_fingerprint", "c" * 64, "test images: (b{12} and c{12}|c{12} and b{12})"),
+        ("processes", 2, "processes: (1 and 2|2 and 1)"),
+    ],
+    ids=["training images", "test images", "processes"],
+)
+def test_runs_that_seem_to_be_paired_are_of_the_same_images(tmp_path, quick, field, value, what):
+    results = stored.supervised(tmp_path / "results", arms=("ce", "focal"), subset_seeds=(0, 1))
+    changed = next(run for run in results.values() if run["arm"] == "focal" and run["subset_seed"] == 0)
+    changed[field] = value
+    stored.save(tmp_path / "results", "supervised-cifar100", "short", results)
+    with pytest.raises(TrainerError, match=f"cannot be compared, as they differ in the {what}"):
+        report(tmp_path)
+    for run in results.values():  # all of other images, or all by two processes
+        if run["subset_seed"] == 0 or field != "train_fingerprint":
+            run[field] = value
+    stored.save(tmp_path / "results", "supervised-cifar100", "short", results)
+    report(tmp_path)

@@ -24,7 +24,7 @@ _MARKERS = ("o", "s", "^", "D", "v", "P")
 FEW_CLASSES = 20  # classes that a line can join one by one; more are averaged in bins
 _BINS = 10
 _EACH = 3  # head classes, and tail classes, of a projection
-_SHOWN = 200  # images of a class in a projection: more would hide each other
+SHOWN = 200  # images of a class in a projection: more would hide each other
 
 
 # Spread over class counts
@@ -164,7 +164,7 @@ def _project(title: str, outputs: Outputs, labels: list[int]) -> tuple[np.ndarra
 def _scatter(axes: Axes, points: np.ndarray, target: np.ndarray, labels: list[int]) -> None:
     for index, label in enumerate(labels):
         of_class = points[target == label]
-        x, y = of_class[:_SHOWN].T
+        x, y = of_class[:SHOWN].T
         axes.plot(x, y, color=_class_colour(index), alpha=0.6, ms=4, mew=0, **_class_marker(index))
     for index, label in enumerate(labels):  # above all points
         x, y = points[target == label].mean(0)

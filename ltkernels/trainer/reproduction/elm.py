@@ -15,7 +15,7 @@ from ltkernels.trainer.image_recipes import TIERS
 from ltkernels.trainer.methods import METHODS
 from ltkernels.trainer.metrics import FEW_BELOW, MANY_ABOVE, Outputs, shot_group
 from ltkernels.trainer.papers.elm_measures import GROUPS
-from ltkernels.trainer.papers.elm_plots import FEW_CLASSES, projection_picture, spread_picture
+from ltkernels.trainer.papers.elm_plots import FEW_CLASSES, SHOWN, projection_picture, spread_picture
 from ltkernels.trainer.report import EMPTY, markdown_table
 from ltkernels.trainer.reproduction.elm_claims import LARGEST_RATIO, Decision, decide, group_mean, tail_group
 from ltkernels.trainer.reproduction.inputs import Inputs, Page, arms_without_runs, without_runs
@@ -328,9 +328,11 @@ def _pictures(section: Section, slug: str, inputs: Inputs, pictures: dict[str, b
         pictures[name] = drawn
     if drawn is not None or (inputs.out / name).is_file():
         lines += [
-            f"![Test embeddings of three head and three tail classes in the plane]({name})",
+            f"![Test embeddings of the three largest and the three smallest classes in the plane]({name})",
             "",
-            "Two principal components of the embeddings of the six classes, of each method by itself.",
+            "Two principal components of the embeddings, divided by their lengths, of the three classes with most "
+            f"training images and the three with fewest, of each method by itself. The first {SHOWN} test images of a "
+            "class are drawn; components and means are those of all.",
             "",
         ]
     return ["### Pictures", "", *lines] if lines else []

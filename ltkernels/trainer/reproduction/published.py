@@ -125,6 +125,7 @@ _TRICKS_ERRORS: dict[str, tuple[float, float]] = {
 _TRICKS_OTHER: dict[tuple[Setting, str], str] = {
     (CIFAR100_EXP100, "class-balanced"): "beta 0.9",
     **{(setting, "focal"): "sigmoids, gamma 2" for setting in (CIFAR10_EXP100, CIFAR100_EXP100)},
+    **{(setting, "ce+tau-norm"): "bias kept" for setting in (CIFAR10_EXP100, CIFAR100_EXP100)},
     **{(setting, "ce-mixup"): "400 epochs" for setting in (CIFAR10_EXP100, CIFAR100_EXP100)},
 }
 # Accuracies on CIFAR-10 and CIFAR-100.

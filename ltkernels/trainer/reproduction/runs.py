@@ -261,7 +261,8 @@ def read(file: Path, table: str, tier: Tier) -> list[StoredRun]:
     """The runs of a file of results.
 
     Raises:
-        TrainerError: the file cannot be read, is not one of results, or is of another table or tier.
+        TrainerError: the file cannot be read, is not one of results, is of another table or tier, or has runs that
+            seem to belong together and were made with other images or another number of processes.
     """
     content = results.load(file)
     if (content["table"], content["tier"]) != (table, tier):
@@ -276,4 +277,29 @@ def read(file: Path, table: str, tier: Tier) -> list[StoredRun]:
             _ = run.measures
         except TrainerError as error:
             raise TrainerError(f"{file}: runs.{run.hash}.elm: {error}") from error
+    _check_alike(file, found)
     return found
+
+
+def _check_alike(file: Path, runs: Iterable[StoredRun]) -> None:
+    """Of a section all runs are of the same test images and, with the same subset seed, the same training images.
+
+    A recipe names the images by seeds: archives that are not complete give others. The number of processes is part of
+    a training, as batch normalisation sees the part of a batch.
+    """
+    seen: dict[tuple[str, ...], tuple[StoredRun, Any]] = {}
+    for run in runs:
+        subset, key = f"subset {run.pair.subset_seed}", run.section_key
+        for what, of, value in (
+            ("test images", "", run["test_fingerprint"]),
+            ("training images", subset, run["train_fingerprint"]),
+            ("processes", "", run.values.get("processes") or 1),
+        ):
+            first, expected = seen.setdefault((key, what, of), (run, value))
+            if value != expected:
+                values = " and ".join(str(x)[:12] for x in (expected, value))
+                where = f"{what} of {of}" if of else what
+                raise TrainerError(
+                    f"{file}: runs.{first.hash} and runs.{run.hash} cannot be compared, as they differ in the {where}: "
+                    f"{values}; keep the results of one of the two in another file"
+                )
