@@ -36,11 +36,18 @@ test: setup
 test-dist: setup
 	$(BIN)/python -m pytest -m distribution tests/test_distribution.py
 
+# `make build` and `make gpu` leave the extension of another Python or torch in its place.
+CURRENT := $(BIN)/python -c "from ltkernels import _build_info; _build_info.check_versions()"
+INSTALL := $(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[trainer,triton,test,lint]"
+
 setup: $(READY)
+	@$(CURRENT) 2>/dev/null || $(INSTALL)
 
 $(VENV)/.torch:
 	rm -f $@ $(READY)
-	$(PYTHON) -m venv $(VENV)
+	@$(PYTHON) -c "import sys; assert sys.version_info >= (3, 11)" 2>/dev/null || \
+	  { echo "$(PYTHON) is no Python 3.11 or newer: make PYTHON=... names one"; exit 1; }
+	$(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/python -m pip install --quiet "$(TORCH)" numpy
 	@# Triton below 3.7, which torch 2.11 brings, interprets only with numpy below 2.4.
 	if $(BIN)/python -m pip freeze | grep -q '^triton==3\.[0-6]\.'; then $(BIN)/python -m pip install --quiet "numpy<2.4"; fi
@@ -49,7 +56,7 @@ $(VENV)/.torch:
 	echo "$(TORCH)" > $@
 
 $(READY): $(VENV)/.torch pyproject.toml setup.py $(NATIVE)
-	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[trainer,triton,test,lint]"
+	$(INSTALL)
 	touch $@
 
 # The extension alone, in place, with whatever Python is at hand (PYTHON=...).
@@ -68,12 +75,12 @@ format: setup
 
 # Run on a machine that does nothing else.
 benchmark: setup
-	$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-json=benchmarks/results/cpu-raw.json
-	$(BIN)/python -m benchmarks.report benchmarks/results/cpu-raw.json
+	$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-json=benchmarks/results/cpu-raw.json; status=$$?; \
+	$(BIN)/python -m benchmarks.report benchmarks/results/cpu-raw.json && exit $$status
 
 # The native code under AddressSanitizer and UndefinedBehaviorSanitizer, in a build of its own.
 sanitize: setup
-	tests/sanitize.sh $(abspath $(BIN))/python
+	tests/sanitize.sh "$$(cd "$(BIN)" && pwd)/python"
 
 # GPU tests and benchmarks with the Python at hand: no virtual environment, no download, the extension built in place.
 gpu:

@@ -36,6 +36,12 @@ OPENMP_FLAGS = ["-fopenmp"] if platform.system() == "Linux" else []
 class BuildKernels(BuildExtension):
     """Compiles KERNEL_FILES for each capability, then builds the extension with the objects linked in."""
 
+    def finalize_options(self):
+        super().finalize_options()
+        # Without ninja, which looks for itself, what is there would pass for new: setuptools compares it with the
+        # sources only, not with headers, kernel files and the version of torch.
+        self.force = True
+
     def build_extension(self, ext):
         if ext.name == "ltkernels._C":
             ext.extra_objects = [*ext.extra_objects, *self._compile_kernels()]

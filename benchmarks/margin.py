@@ -46,11 +46,12 @@ def ldam_ours(cosines: Tensor, target: Tensor, margin: Tensor, reduction: str) -
 def ldam_authors(cosines: Tensor, target: Tensor, margin: Tensor, reduction: str) -> Tensor:
     """LDAM by the formula of its authors' code (Cao et al., arXiv:1906.07413), mask, matrix product and all.
 
-    Their mask is uint8, which torch.where no longer takes: here it is bool.
+    Their mask is uint8, which torch.where no longer takes: here it is bool. Of bfloat16 logits all of it is bfloat16;
+    a mask of float32, as in their code, would turn the rest into float32.
     """
     index = torch.zeros_like(cosines, dtype=torch.bool)
     index.scatter_(1, target.view(-1, 1), True)
-    batch_margin = torch.matmul(margin[None, :], index.float().transpose(0, 1)).view(-1, 1)
+    batch_margin = torch.matmul(margin[None, :], index.to(margin.dtype).transpose(0, 1)).view(-1, 1)
     shifted = cosines - batch_margin
     output = torch.where(index, shifted, cosines)
     return F.cross_entropy(LDAM_SCALE * output, target, reduction=reduction)
@@ -64,7 +65,7 @@ VARIANTS = by_name(
         Variant("eager-compiled", eager, rounds=True, compiled=True),
         Variant("liger", liger, rounds=True, package="liger_kernel", gpu_only=True),
         Variant("ldam-ours", ldam_ours, "ldam", ("cosines",), ("margin",)),
-        Variant("ldam-authors", ldam_authors, "ldam", ("cosines",), ("margin",)),
+        Variant("ldam-authors", ldam_authors, "ldam", ("cosines",), ("margin",), rounds=True),
     )
 )
 

@@ -75,7 +75,7 @@ def main_table(results: Results) -> str:
 
 
 def _shares(results: Results) -> str:
-    names = ("ours", "torch-chunked", "separate", "eager")
+    names = ("ours", "torch-chunked", "separate", "eager", "eager-compiled")
     rows = []
     for shape, dtype, upstream in results.cases:
         shares = [share_of_logits(results, shape, dtype, name) for name in names]

@@ -102,7 +102,8 @@ def _head(results: Results) -> str:
     images = "" if real else " The images are synthetic, of the number, size and classes of CIFAR-100-LT."
     return (
         f"# The reference trainer on {where}\n\n"
-        f"{m['date']}, torch {m['torch']}, Python {m['python']}, {m['threads']} CPU threads, {m['system']}.{smoke}\n\n"
+        f"{m['date']}, commit {m.get('revision') or 'unknown'}, "
+        f"torch {m['torch']}, Python {m['python']}, {m['threads']} CPU threads, {m['system']}.{smoke}\n\n"
         "One training step: loading and augmenting a batch, forward, backward, update. ResNet-32, CIFAR-100-LT with "
         f"imbalance factor 100, LDAM-DRW, batches of {measurement.batch}.{images} Medians of {rounds} blocks of steps; "
         "the loops take turns block by block, in a new random order each round, and a block begins with steps that "

@@ -63,10 +63,11 @@ def load(paths: Iterable[Path]) -> dict[str, Results]:
             if _hardware(before.machine) != _hardware(one.machine):
                 raise ResultsError(f"{path}: measured elsewhere or with another torch than the files before it")
             before.cases |= one.cases
-            found = (name for of in (before, one) for name in (of.machine.get("revision") or "unknown").split(", "))
-            revisions = dict.fromkeys(found)
-            if len(revisions) > 1:
-                before.machine["revision"] = ", ".join(revisions)
+            for name in ("date", "revision"):
+                found = (value for of in (before, one) for value in (of.machine.get(name) or "unknown").split(", "))
+                values = dict.fromkeys(found)
+                if len(values) > 1:
+                    before.machine[name] = ", ".join(values)
     if not results:
         raise ResultsError(f"no file of results given. {HOW_TO_MEASURE}")
     return results
@@ -103,7 +104,7 @@ def _trim(raw: dict) -> dict[str, Results]:
         family = info.get("family", "margin")
         key = info["shape"], info["dtype"], info["upstream"]
         samples.setdefault(family, {}).setdefault(key, {})[info["variant"]] = stats["data"]
-        case = results.setdefault(family, Results(raw["machine_info"], family=family)).cases.setdefault(
+        case = results.setdefault(family, Results(dict(raw["machine_info"]), family=family)).cases.setdefault(
             key,
             {name: _rounded(info[name]) for name in _SHARED if name in info} | {"variants": {}},
         )

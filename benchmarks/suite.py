@@ -115,12 +115,19 @@ class Suite:
         }
         effort = FAMILIES[selected[0][0].family].effort(selected[0][0], self._effort, self.device)
         warm = {key: self._measured[key].seconds_of_check for key in steps}
-        samples = interleave({**rates, **steps}, effort, self.device, warm)
+        failures: dict[tuple[Case, str], Exception] = {}
+        samples = interleave({**rates, **steps}, effort, self.device, warm, failures.__setitem__)
         for (case, name), step in steps.items():
+            result, variant = self._measured[case, name], FAMILIES[case.family].variants[name]
+            result.failure = failures.get((case, name))
+            if result.failure is not None:
+                continue
             self._keep(case, name, samples)
-            variant = FAMILIES[case.family].variants[name]
             if self._measure_memory and memory.measurable(case, variant, self.device):
-                self._measured[case, name].peak_memory = self._peak_memory(case, variant, step)
+                try:
+                    result.peak_memory = self._peak_memory(case, variant, step)
+                except Exception as failure:
+                    result.failure = failure
 
     def _keep(self, case: Case, name: str, samples: dict[tuple[Case, str], list[float]]) -> None:
         result, problem = self._measured[case, name], self._problems[case.dtype]

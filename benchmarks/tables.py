@@ -62,7 +62,7 @@ def head(results: Results, title: str, what: str) -> str:
     where = m["name"] if m["device"] == "cuda" else f"{m['name']}, {m['cores']} cores ({m['cpu_capability']})"
     optional = {name: m.get(key) for name, key in PACKAGES.items()}
     versions = [f"torch {m['torch']}", *(f"{name} {v}" for name, v in optional.items() if v), f"Python {m['python']}"]
-    revision = f"commit {m['revision']}, " if m.get("revision") else ""
+    revision = f"commit {m.get('revision') or 'unknown'}, "
     pages = f" Transparent huge pages: {m['huge_pages']}." if m.get("huge_pages") and m["device"] == "cpu" else ""
     rounds = min(v["rounds"] for case in results.cases.values() for v in case["variants"].values())
     before = (

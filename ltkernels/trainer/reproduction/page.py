@@ -147,7 +147,8 @@ def protocol(section: Section) -> list[str]:
         *(f"- Subset {seed}: sha256 of its training images {found}." for seed, found in _subsets(section)),
         f"- {steps:,} steps of {batch} images{views} = {epochs_of(section):.1f} epochs; {section.network}, "
         f"{_precision(section)}; SGD with lr {recipe['lr']:g}, momentum {recipe['momentum']:g}, weight decay "
-        f"{recipe['weight_decay']:g}{_without_decay(section)}; warm-up over {recipe['warmup']:.1%} of the steps, then {schedule}."
+        f"{recipe['weight_decay']:g}{_without_decay(section)}; warm-up over {recipe['warmup']:.1%} of the steps, then "
+        f"{schedule}."
         + (" Lines of a table that differ in these settings say so." if _settings_differ(section) else ""),
         f"- Evaluated {evaluations(recipe).number} times, every {recipe['evaluate_every']:,} steps and after the last, "
         f"{evaluations(recipe).after_drop} of them after the first drop of the learning rate.",
