@@ -1,10 +1,8 @@
 // The Python module ltkernels._C: direct calls of the operators that training steps make; ops.cpp registers all of
 // them.
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <c10/util/Exception.h>
 
-#include "log_prior.h"
-#include "margin_softmax_op.h"
+#include "margin_options.h"
 #include "python_binding.h"
 
 namespace ltkernels {
@@ -23,8 +21,7 @@ PyObject* pair_of(const at::Tensor& first, const at::Tensor& second) {
 PyObject* margin_softmax(PyObject*, PyObject* const* values, Py_ssize_t size) {
   HANDLE_TH_ERRORS
   using Signature = std::tuple<at::Tensor, at::Tensor>(LTK_MARGIN_PARAMETERS, bool);
-  static const auto op =
-      c10::Dispatcher::singleton().findSchemaOrThrow("ltkernels::margin_softmax", "").typed<Signature>();
+  static const auto op = typed_operator<Signature>("ltkernels::margin_softmax");
   PythonArguments next(values, size);
   const at::Tensor logits = next.tensor(), target = next.tensor();
   const OptionalTensor weight = next.optional_tensor(), logit_scale = next.optional_tensor(),
@@ -47,16 +44,17 @@ PyObject* margin_softmax(PyObject*, PyObject* const* values, Py_ssize_t size) {
   END_HANDLE_TH_ERRORS
 }
 
-// `overload` is torch.ops.ltkernels.log_prior.default. The operator is a composite one: no dispatch is skipped.
+// `overload` is torch.ops.ltkernels.log_prior.default.
 PyObject* log_prior(PyObject* overload, PyObject* const* values, Py_ssize_t size) {
   HANDLE_TH_ERRORS
+  static const auto op = typed_operator<at::Tensor(const at::Tensor&, double)>("ltkernels::log_prior");
   PythonArguments next(values, size);
   const at::Tensor counts = next.tensor();
   const double tau = next.real();
   if (!next.plain()) return PyObject_Vectorcall(overload, values, static_cast<size_t>(size), nullptr);
   return THPVariable_Wrap([&] {
     const pybind11::gil_scoped_release no_gil;
-    return ltkernels::log_prior(counts, tau);
+    return op.call(counts, tau);
   }());
   END_HANDLE_TH_ERRORS
 }

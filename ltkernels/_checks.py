@@ -24,9 +24,19 @@ _INTERVALS: dict[str, Callable[[float], bool]] = {
 def number(name: str, value: float, interval: str) -> float:
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name}: expected a number, got {kind_of(value)}")
-    if not (math.isfinite(value) and _INTERVALS[interval](float(value))):
+    found = finite(value)
+    if found is None or not _INTERVALS[interval](found):
         raise ValueError(f"{name}: expected a finite number {interval}, got {value}")
-    return float(value)
+    return found
+
+
+def finite(value: float) -> float | None:
+    """The number as a float; None for one that is not finite, or too large an integer."""
+    try:
+        found = float(value)
+    except OverflowError:
+        return None
+    return found if math.isfinite(found) else None
 
 
 def integer(name: str, value: int, minimum: int) -> int:
@@ -42,9 +52,20 @@ def are_integers(x: object) -> TypeGuard[Tensor]:
     return isinstance(x, Tensor) and not (x.is_floating_point() or x.is_complex() or x.dtype == torch.bool)
 
 
+def check_layouts(**tensors: object) -> None:
+    """What the operators say about layouts, for tensors that are reshaped first or that they are not reached with."""
+    for name, x in tensors.items():
+        if isinstance(x, Tensor) and (x.layout is not torch.strided or x.is_nested):
+            found = "a nested tensor" if x.is_nested else f"layout {x.layout}"
+            raise TypeError(f"{name}: expected a dense tensor (torch.strided), got {found}")
+
+
 def class_counts_of(class_counts: ClassCounts) -> Tensor:
     """Checked counts (C,), float64 on the CPU."""
     if isinstance(class_counts, Tensor):
+        check_layouts(class_counts=class_counts)
+        if class_counts.is_meta:
+            raise ValueError("class_counts: expected counts, got a meta tensor, which has no values")
         numeric = not (class_counts.is_complex() or class_counts.dtype == torch.bool)
         counts = class_counts.detach().cpu()
     else:
@@ -81,7 +102,8 @@ def check_margin_tensor(name: str, tensor: Tensor, classes: int | None) -> None:
     if tensor.shape not in shapes:
         expected = " or ".join(map(str, shapes)).replace("None", "C")
         raise ValueError(f"{name}: expected shape {expected} with at least one class, got {tuple(tensor.shape)}")
-    if not tensor.isfinite().all():
+    check_layouts(**{name: tensor})
+    if not tensor.is_meta and not tensor.isfinite().all():
         raise ValueError(f"{name}: expected finite values, got {tensor[~tensor.isfinite()][0].item()}")
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from ltkernels import _ops, reference
-from ltkernels._checks import are_integers, has_no_values, integer
+from ltkernels._checks import are_integers, check_layouts, has_no_values, integer
 from ltkernels._rows import REDUCTIONS
 
 DENOMINATORS = {"all": reference.ALL, "own": reference.OWN, "negatives": reference.NEGATIVES}
@@ -127,6 +127,10 @@ def contrastive_loss(
         labels, key_labels, positive_index, allowed, key_bias, pair_margin, sample_weight, log_normalizer,
         extra_positive,
     )  # fmt: skip
+    flags = {"scale_by_temperature": scale_by_temperature, "normalize": normalize, "return_stats": return_stats}
+    for name, flag in flags.items():
+        if not isinstance(flag, bool):
+            raise TypeError(f"{name}: expected a bool, got {type(flag).__name__}")
     loss, stats = _call(
         query, key, temperature, options, DENOMINATORS[denominator], True, scale_by_temperature, reduction, normalize,
         return_stats,
@@ -223,6 +227,7 @@ def _call(
     reduction_code = REDUCTIONS.get(reduction) if isinstance(reduction, str) else None
     if reduction_code is None:
         raise ValueError(f"reduction: expected 'none', 'mean' or 'sum', got {reduction!r}")
+    check_layouts(query=query, key=key, temperature=temperature, **options._asdict())
     _check_embeddings(query, key, options)
     temperature = _temperature(temperature, query)
     _check_shapes(query, key, options)
@@ -253,7 +258,7 @@ def _temperature(temperature: float | Tensor, query: Tensor) -> Tensor:
     """(M,)"""
     rows = query.shape[0]
     if isinstance(temperature, Tensor):
-        if not temperature.is_floating_point():
+        if temperature.dtype not in _DTYPES:
             raise TypeError(f"temperature: expected a floating dtype, got {temperature.dtype}")
         if temperature.device != query.device:
             raise ValueError(
@@ -321,7 +326,7 @@ def _check_shapes(query: Tensor, key: Tensor | None, options: _Options) -> None:
         elif name == "allowed":
             if x.dtype != torch.bool:
                 raise TypeError(f"allowed: expected torch.bool, got {x.dtype}")
-        elif not x.is_floating_point():
+        elif x.dtype not in _DTYPES:
             raise TypeError(f"{name}: expected a floating dtype, got {x.dtype}")
         if name == "pair_margin":
             if x.dim() != 2 or x.shape[0] != x.shape[1]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import ltkernels.functional as LF
-from ltkernels._checks import integer, number
+from ltkernels._checks import are_integers, check_layouts, integer, kind_of, number
 from ltkernels._contrastive import as_multiplied, unit_vectors
 from ltkernels._contrastive_loss import (
     ContrastiveLossModule,
@@ -58,7 +58,9 @@ class BalancedContrastiveLoss(ContrastiveLossModule):
     def __init__(self, temperature: float | Tensor = 0.1, normalize: bool = True, *, count_anchor: bool = True) -> None:
         super().__init__(normalize)
         self._set_temperature(temperature)
-        self.count_anchor = bool(count_anchor)
+        if not isinstance(count_anchor, bool):
+            raise TypeError(f"count_anchor: expected a bool, got {type(count_anchor).__name__}")
+        self.count_anchor = count_anchor
 
     def forward(self, embeddings: Tensor, labels: Tensor, prototypes: Tensor) -> Tensor:
         """The loss, a scalar, with gradients to embeddings, prototypes and a learned temperature.
@@ -151,6 +153,11 @@ class MACLLoss(ContrastiveLossModule):
         if positive_index is not None and isinstance(embeddings, Tensor) and embeddings.dim() == 3:
             raise ValueError("positive_index: expected None with embeddings of shape (N, 2, D)")
         embeddings, _, positive_index = self._batch(self._two_views(embeddings), None, positive_index)
+        if not are_integers(positive_index):
+            raise TypeError(f"positive_index: expected an integer Tensor, got {kind_of(positive_index)}")
+        if positive_index.shape != embeddings.shape[:1]:
+            found = tuple(positive_index.shape)
+            raise ValueError(f"positive_index: expected shape ({embeddings.shape[0]},), got {found}")
         embeddings = unit_vectors(embeddings)
         return LF.contrastive_loss(
             embeddings,
@@ -244,6 +251,8 @@ class ISogCLRLoss(ContrastiveLossModule):
         super().__init__(True, layout)
         self.num_samples = integer("num_samples", num_samples, minimum=1)
         self.rho = number("rho", rho, ">= 0")
+        if not isinstance(temperature_range, (tuple, list)) or len(temperature_range) != 2:
+            raise ValueError(f"temperature_range: expected two numbers, got {temperature_range!r}")
         low, high = (number("temperature_range", x, "> 0") for x in temperature_range)
         if not low <= number("temperature", temperature, "> 0") <= high:
             raise ValueError(f"temperature: expected a number in the range ({low}, {high}), got {temperature}")
@@ -333,5 +342,8 @@ def _check_like(name: str, x: Tensor, embeddings: Tensor) -> None:
     width = embeddings.shape[1]
     if x.dim() != 2 or x.shape[1] != width or not x.shape[0]:
         raise ValueError(f"{name}: expected shape (C, {width}) with C > 0, got {tuple(x.shape)}")
+    check_layouts(**{name: x})
+    if x.device != embeddings.device:
+        raise ValueError(f"{name}: expected a tensor on {embeddings.device} like embeddings, got one on {x.device}")
     if x.dtype != embeddings.dtype:
         raise TypeError(f"{name}: expected dtype {embeddings.dtype} like embeddings, got {x.dtype}")

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 import ltkernels.functional as LF
-from ltkernels._checks import are_integers, has_no_values, kind_of, number
+from ltkernels._checks import are_integers, check_layouts, has_no_values, kind_of, number
 from ltkernels._contrastive import LAYOUTS
 
 
@@ -379,6 +379,9 @@ def as_int64(x: Tensor | None) -> Tensor | None:
 def check_embeddings(embeddings: Tensor, expected: str = "(M, D) or (N, V, D)") -> None:
     if not isinstance(embeddings, Tensor):
         raise TypeError(f"embeddings: expected a Tensor, got {type(embeddings).__name__}")
+    check_layouts(embeddings=embeddings)
+    if not embeddings.is_floating_point():
+        raise TypeError(f"embeddings: expected a floating dtype, got {embeddings.dtype}")
     if embeddings.dim() not in (2, 3):
         raise ValueError(f"embeddings: expected shape {expected}, got {tuple(embeddings.shape)}")
 

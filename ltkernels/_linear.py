@@ -55,7 +55,7 @@ def linear_margin_softmax(
         if not isinstance(x, bool):
             raise TypeError(f"{name}: expected a bool, got {type(x).__name__}")
     check_types(weight, logit_scale, logit_bias, target_margin, pairwise_margin, mask, sample_weight, row_class)
-    chunk_rows = _chunk_rows(chunk_size)
+    rows_of_chunk = chunk_rows(chunk_size)
     if isinstance(scale, Tensor):
         logit_scale, target_margin = fold_scale(scale, logit_scale, target_margin, input)
         scale = 1.0
@@ -79,7 +79,7 @@ def linear_margin_softmax(
     predict = (_ALL if predict is None else predict) if return_stats else 0
     if _ops.uses_kernel(input):
         loss, lse, row_loss, predicted = _ops.linear_margin_softmax(
-            input, linear_weight, linear_bias, cosine, chunk_rows, *options, reduction_code, ignore_index,
+            input, linear_weight, linear_bias, cosine, rows_of_chunk, *options, reduction_code, ignore_index,
             label_smoothing, return_lse, predict,
         )  # fmt: skip
     else:
@@ -105,7 +105,7 @@ def linear_margin_softmax(
     return results[0] if len(results) == 1 else tuple(results)
 
 
-def _chunk_rows(chunk_size) -> int:
+def chunk_rows(chunk_size) -> int:
     if chunk_size == "auto":
         return -1
     if isinstance(chunk_size, bool) or not isinstance(chunk_size, int) or chunk_size < 1:

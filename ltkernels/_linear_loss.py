@@ -12,6 +12,7 @@ from ltkernels import margins as M
 from ltkernels._auxiliary_loss import AuxiliaryLossOptions
 from ltkernels._checks import integer
 from ltkernels._cosine_linear import CosineLinear
+from ltkernels._linear import chunk_rows
 from ltkernels._margin_loss import MarginCrossEntropyLoss
 
 
@@ -62,10 +63,18 @@ class LinearMarginCrossEntropyLoss(MarginCrossEntropyLoss):
         **options: Unpack[AuxiliaryLossOptions],
     ) -> None:
         super().__init__(margins, **options)
+        for name, flag in (("bias", bias), ("cosine", cosine)):
+            if not isinstance(flag, bool):
+                raise TypeError(f"{name}: expected a bool, got {type(flag).__name__}")
+        chunk_rows(chunk_size)
         if bias and cosine:
             raise ValueError("bias: expected False for a cosine classifier")
         in_features = integer("in_features", in_features, minimum=1)
         num_classes = integer("num_classes", num_classes, minimum=1)
+        vectors = [getattr(self, name) for name in M.Margins.TENSORS]
+        for found in (x.shape[-1] for x in vectors if x is not None and x.dim()):
+            if found != num_classes:
+                raise ValueError(f"num_classes: expected {found} as the margins have, got {num_classes}")
         self.chunk_size = chunk_size
         self.classifier: nn.Linear | CosineLinear
         if cosine:

@@ -91,7 +91,7 @@ class MarginCrossEntropyLoss(nn.Module):
             raise ValueError(f"reduction: expected 'none', 'mean' or 'sum', got {reduction!r}")
         self.reduction = reduction
         check_ignore_index(ignore_index)
-        self.ignore_index = ignore_index
+        self.ignore_index = int(ignore_index)
         self.label_smoothing = number("label_smoothing", label_smoothing, "in [0, 1]")
 
     def _register(self, margins: M.Margins) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from ltkernels import _ops, reference
-from ltkernels._checks import values_of
+from ltkernels._checks import check_layouts, values_of
 
 REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
 
@@ -89,14 +89,6 @@ def check_types(*optional) -> None:
         if x is not None and not isinstance(x, Tensor):
             raise TypeError(f"{name}: expected a Tensor or None, got {type(x).__name__}")
     check_layouts(**dict(zip(_OPTIONAL, optional, strict=True)))
-
-
-def check_layouts(**tensors: Tensor | None) -> None:
-    """What the operator says about layouts, for tensors that are reshaped first or that it is not reached with."""
-    for name, x in tensors.items():
-        if x is not None and (x.layout is not torch.strided or x.is_nested):
-            found = "a nested tensor" if x.is_nested else f"layout {x.layout}"
-            raise TypeError(f"{name}: expected a dense tensor (torch.strided), got {found}")
 
 
 def check_numbers(scale, neighbor_weight, ignore_index, label_smoothing) -> None:

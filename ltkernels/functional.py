@@ -8,7 +8,6 @@ sample uses are looked at.
 
 from __future__ import annotations
 
-import math
 from numbers import Real
 
 import torch
@@ -16,6 +15,7 @@ from torch import Tensor
 from torch.compiler import is_compiling, is_dynamo_compiling
 
 from ltkernels import _ops
+from ltkernels._checks import check_layouts, finite
 from ltkernels._contrastive import (
     ContrastiveStats,
     contrastive_loss,
@@ -230,13 +230,17 @@ def _with_prior(logit_bias: Tensor | None, prior_counts: Tensor, tau: float, cla
         raise ValueError(f"prior_counts: expected a Tensor of shape ({classes},), got {found}")
     if not isinstance(tau, Real):  # a 0-d tensor the dispatcher would take for a number, and lose its gradient
         raise TypeError(f"tau: expected a number, got {type(tau).__name__}")
-    if not -math.inf < tau < math.inf:
+    if finite(tau) is None:
         raise ValueError(f"tau: expected a finite number, got {tau}")
+    check_layouts(prior_counts=prior_counts, logit_bias=logit_bias)
     if logit_bias is not None and (not isinstance(logit_bias, Tensor) or logit_bias.shape != (classes,)):
         found = f"shape {tuple(logit_bias.shape)}" if isinstance(logit_bias, Tensor) else type(logit_bias).__name__
         raise ValueError(f"logit_bias: expected a Tensor of shape ({classes},), got {found}")
     if logit_bias is not None and not logit_bias.is_floating_point():
         raise TypeError(f"logit_bias: expected a floating dtype, got {logit_bias.dtype}")
+    if logit_bias is not None and logit_bias.device != prior_counts.device:
+        found = f"{logit_bias.device} and {prior_counts.device}"
+        raise ValueError(f"logit_bias, prior_counts: expected tensors on one device, got {found}")
     prior = (_ops.log_prior if is_compiling() else _ops.log_prior_direct)(prior_counts, tau)
     return prior if logit_bias is None else logit_bias + prior
 
@@ -272,7 +276,8 @@ def linear_margin_cross_entropy(
 
     With ``cosine`` the logits are :math:`\langle x_i / |x_i|, W_j / |W_j| \rangle`, the normalised classifier of LDAM
     (Cao et al., arXiv:1906.07413) and CosFace (Wang et al., arXiv:1801.09414), with exact gradients to the vectors
-    that are not normalised. A vector no longer than 1e-8 has no direction: its logits and its gradient are 0.
+    that are not normalised. A vector no longer than 1e-8 has no direction: its logits and its gradient are 0. As for
+    ``F.linear``, all features must be finite, those of ignored samples too: NaN reaches ``linear_weight``'s gradient.
 
     Args:
         input: Features, ``(D,)``, ``(N, D)`` or ``(N, d1, ..., D)``; float16, bfloat16, float32 or float64. On GPUs
@@ -385,6 +390,7 @@ def auxiliary_predict(logits: Tensor, num_classes: int) -> Tensor:
 def _class_dim(logits: Tensor, num_classes: int) -> int:
     if not isinstance(logits, Tensor):
         raise TypeError(f"logits: expected a Tensor, got {type(logits).__name__}")
+    check_layouts(logits=logits)
     if isinstance(num_classes, bool) or not isinstance(num_classes, (int, torch.SymInt)):
         raise TypeError(f"num_classes: expected an int, got {type(num_classes).__name__}")
     if not logits.is_floating_point():

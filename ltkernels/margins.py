@@ -84,9 +84,9 @@ class Margins:
             check_margin_tensor(name, tensor, self.num_classes)
         if not isinstance(self.scale, Tensor):
             object.__setattr__(self, "scale", number("scale", self.scale, "> 0"))
-        elif not self.scale > 0:
+        elif not self.scale.is_meta and not self.scale > 0:
             raise ValueError(f"scale: expected a positive number, got {self.scale.item():g}")
-        if self.weight is not None and (self.weight < 0).any():
+        if self.weight is not None and not self.weight.is_meta and (self.weight < 0).any():
             raise ValueError(f"weight: expected no negative weight, got {self.weight.min().item():g}")
         devices = {name: str(tensor.device) for name, tensor in self._tensors().items()}
         if len(set(devices.values())) > 1:
@@ -398,7 +398,9 @@ def equalization_mask(target: Tensor, tail: Tensor, gamma: float, generator: tor
         raise TypeError(f"tail: expected a bool Tensor, got {kind_of(tail)}")
     if tail.dim() != 1:
         raise ValueError(f"tail: expected shape (C,), got {tuple(tail.shape)}")
-    classes_last = target.unsqueeze(-1) == torch.arange(tail.numel(), device=target.device)
+    if tail.device != target.device:
+        raise ValueError(f"tail: expected a tensor on {target.device} like target, got one on {tail.device}")
+    classes_last = target.long().unsqueeze(-1) == torch.arange(tail.numel(), device=target.device)
     spared = torch.rand(classes_last.shape, device=target.device, generator=generator) < probability
     mask = classes_last | ~(spared & tail)
     return mask.movedim(-1, 1) if target.dim() > 1 else mask
