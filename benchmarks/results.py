@@ -16,7 +16,7 @@ _SHARED = (
     *("shape", "dtype", "upstream", "bytes", "clone_fresh_gb_per_s", "clone_huge_gb_per_s", "copy_warm_gb_per_s"),
     *("products_gflop_per_s", "mm_nn_gflop_per_s", "mm_nt_gflop_per_s", "mm_tn_gflop_per_s", "pairs", "map"),
 )
-_OWN = ("gb_per_s", "gflop_per_s", "peak_memory_bytes", "map_bytes", "loss_error", "gradient_error")
+_OWN = ("gb_per_s", "gflop_per_s", "rate_over", "peak_memory_bytes", "map_bytes", "loss_error", "gradient_error")
 _STATS = {"median": "median_s", "min": "min_s", "iqr": "iqr_s", "rounds": "rounds"}
 
 
@@ -136,6 +136,8 @@ def _median_ratio(slow: list[float], fast: list[float]) -> float:
 
 
 def _rounded(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _rounded(one) for name, one in value.items()}
     return float(f"{value:.4g}") if isinstance(value, float) else value
 
 

@@ -36,6 +36,7 @@ class Measured:
     # In the problem's unit: the rate of the variant and, by name, those that it is held against.
     rate: dict[str, float] = field(default_factory=dict)
     roofline: dict[str, float] = field(default_factory=dict)
+    rate_over: dict[str, float] = field(default_factory=dict)  # each of the roofline, the median over rounds
     info: dict[str, Any] = field(default_factory=dict)
     seconds_of_check: float = 0.0
     failure: BaseException | None = None
@@ -52,6 +53,7 @@ class Measured:
             **self.rate,
             **self.roofline,
             **self.info,
+            "rate_over": self.rate_over or None,
             "peak_memory_bytes": self.peak_memory,
             "loss_error": self.loss_error,
             "gradient_error": self.gradient_error,
@@ -139,6 +141,9 @@ class Suite:
         result.rate = {problem.unit: rate(name, problem.work())}
         roofline = [key for of, key in samples if of == case and key not in FAMILIES[case.family].variants]
         result.roofline = {f"{key}_{problem.unit}": rate(key, problem.roofline_work()) for key in roofline}
+        for key in roofline:
+            times = statistics.median(a / b for a, b in zip(samples[case, key], result.samples, strict=True))
+            result.rate_over[key] = times * problem.work() / problem.roofline_work()
         result.info = problem.info(FAMILIES[case.family].variants[name].inputs)
 
     def _check(self, case: Case, variant: Variant, step: Step, result: Measured) -> None:

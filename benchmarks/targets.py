@@ -143,8 +143,10 @@ def bfloat16_gain(results: Results, shape: str) -> float | None:
 def share_of_clone(results: Results, shape: str, dtype: str, name: str = "ours", memory: str = "fresh") -> float | None:
     """The rate of a pass over that of x.clone() into ``memory``: "fresh" as malloc gives it, or in "huge" pages."""
     case = results.cases.get((shape, dtype, "upstream1"), {})
-    variant, clone = case.get("variants", {}).get(name), case.get(f"clone_{memory}_gb_per_s")
-    return variant["gb_per_s"] / clone if variant and clone else None
+    variant, clone = case.get("variants", {}).get(name, {}), case.get(f"clone_{memory}_gb_per_s")
+    if f"clone_{memory}" in variant.get("rate_over", {}):
+        return variant["rate_over"][f"clone_{memory}"]
+    return variant["gb_per_s"] / clone if variant and clone else None  # results from before there was a ratio
 
 
 def share_of_logits(results: Results, shape: str, dtype: str, name: str) -> float | None:
@@ -166,6 +168,10 @@ def product_rate(results: Results, shape: str, dtype: str) -> float | None:
 
 def share_of_product(results: Results, shape: str, dtype: str, name: str = "ours") -> float | None:
     """The rate of forward and backward, counting 6 M^2 D operations, over that of the matrix product."""
-    rate = (results.variant(shape, dtype, "upstream1", name) or {}).get("gflop_per_s")
+    variant = results.variant(shape, dtype, "upstream1", name) or {}
+    over = [times for key, times in variant.get("rate_over", {}).items() if key.startswith("mm_")]
+    if over:
+        return min(over)
+    rate = variant.get("gflop_per_s")
     product = product_rate(results, shape, dtype)
     return rate / product if rate and product else None
