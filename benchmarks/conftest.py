@@ -17,6 +17,7 @@ import torch
 from benchmarks.families import FAMILIES
 from benchmarks.interleave import Effort
 from benchmarks.problems import Case
+from benchmarks.results import append_partial, partial_of
 from benchmarks.suite import LeftOut, Suite
 from ltkernels.trainer.runfolder import revision
 
@@ -35,10 +36,18 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if (raw := getattr(config.option, "benchmark_json", None)) is not None:
+        partial_of(raw).unlink(missing_ok=True)
     config.option.deadline = time.monotonic() + config.option.time_limit
     config.addinivalue_line("python_files", "bench_*.py")
     # torch 2.13 warns about its own use of it when torch.compile is imported.
     config.addinivalue_line("filterwarnings", "ignore:.*torch.jit.script_method:DeprecationWarning")
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """pytest-benchmark has written everything by now; a run that crashes or is killed does not come here."""
+    if (raw := getattr(config.option, "benchmark_json", None)) is not None and raw.exists():
+        partial_of(raw).unlink(missing_ok=True)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -96,8 +105,12 @@ def measure(suite: Suite, record) -> Callable[[Case, str], None]:
 
 
 @pytest.fixture
-def record(benchmark) -> Callable[..., None]:
-    """Hands samples and extra_info to pytest-benchmark, as if it had taken them."""
+def record(benchmark, request: pytest.FixtureRequest) -> Callable[..., None]:
+    """Hands samples and extra_info to pytest-benchmark, as if it had taken them.
+
+    It writes its file at the end. What a run has measured that crashes or is killed before is in another one.
+    """
+    config = request.config
 
     def record(samples: list[float], group: str, extra_info: dict) -> None:
         benchmark.group = group
@@ -108,6 +121,10 @@ def record(benchmark) -> Callable[..., None]:
             stats = benchmark._make_stats(iterations=1)
             for seconds in samples:
                 stats.update(seconds)
+            if (raw := getattr(config.option, "benchmark_json", None)) is not None:
+                whole = benchmark.stats.as_dict()
+                one = {name: whole[name] for name in ("fullname", "extra_info", "stats")}
+                append_partial(raw, one, lambda: _machine_info(config))
 
     return record
 
@@ -140,6 +157,12 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
         revision=revision(Path(__file__).parents[1]),
         quick=config.option.quick,
     )
+
+
+def _machine_info(config: pytest.Config) -> dict:
+    found: dict = {}
+    pytest_benchmark_update_machine_info(config, found)
+    return found
 
 
 def _processor() -> str:

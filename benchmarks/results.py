@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -73,11 +73,36 @@ def load(paths: Iterable[Path]) -> dict[str, Results]:
     return results
 
 
+def partial_of(raw: Path) -> Path:
+    """What a run that has not written ``raw`` yet has measured; it is there until the run ends well."""
+    return raw.with_name(raw.name + ".partial")
+
+
+def append_partial(raw: Path, benchmark: dict, machine_info: Callable[[], dict]) -> None:
+    """One benchmark a line, behind a line with the machine."""
+    path = partial_of(raw)
+    lines = [] if path.exists() else [machine_info()]
+    with path.open("a") as file:
+        file.writelines(json.dumps(line) + "\n" for line in [*lines, benchmark])
+
+
+def _read_partial(path: Path) -> dict:
+    machine, *benchmarks = path.read_text().splitlines()
+    found = []
+    for line in benchmarks:
+        try:
+            found.append(json.loads(line))
+        except ValueError:  # it was killed while it wrote the last one
+            break
+    return {"machine_info": json.loads(machine), "benchmarks": found}
+
+
 def _load_one(path: Path) -> dict[str, Results]:
-    if not path.exists():
+    partial = partial_of(path)
+    if not path.exists() and not partial.exists():
         raise ResultsError(f"{path}: no such file. {HOW_TO_MEASURE}")
     try:
-        content = json.loads(path.read_text())
+        content = _read_partial(partial) if partial.exists() else json.loads(path.read_text())
     except ValueError as error:
         raise ResultsError(f"{path}: not JSON ({error}); was the run stopped? {HOW_TO_MEASURE}") from None
     if not isinstance(content, dict) or not ("benchmarks" in content or "cases" in content):

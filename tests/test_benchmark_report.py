@@ -16,7 +16,7 @@ from benchmarks import auxiliary, margin, report  # noqa: E402
 from benchmarks.families import FAMILIES  # noqa: E402
 from benchmarks.interleave import Effort, interleave  # noqa: E402
 from benchmarks.problems import Case  # noqa: E402
-from benchmarks.results import ResultsError, load  # noqa: E402
+from benchmarks.results import ResultsError, append_partial, load, partial_of  # noqa: E402
 from benchmarks.targets import targets  # noqa: E402
 from benchmarks.variants import Step  # noqa: E402
 
@@ -175,6 +175,19 @@ def test_families_keep_their_own_commits_and_dates(raw, tmp_path):
     found = {name: (one.machine["revision"], one.machine["date"]) for name, one in load([raw, later]).items()}
     assert found.pop("margin") == ("0123456789ab, ba9876543210", "2026-01-01, 2026-01-02")
     assert set(found.values()) == {("0123456789ab", "2026-01-01")}
+
+
+def test_what_a_run_has_measured_before_it_crashed_is_reported(raw, tmp_path):
+    whole = load([raw])["margin"]
+    content = json.loads(raw.read_text())
+    raw.unlink()
+    for one in content["benchmarks"]:
+        append_partial(raw, one, lambda: content["machine_info"])
+    with partial_of(raw).open("a") as file:
+        file.write('{"extra_info": {"shape"')  # killed
+    assert load([raw])["margin"] == whole
+    raw.write_text("{}")  # of an earlier run
+    assert load([raw])["margin"] == whole
 
 
 def test_report_of_a_report_is_the_same(raw, tmp_path):
@@ -420,6 +433,7 @@ def test_the_suite_runs_under_pytest(run_python, tmp_path):
         *("-m", "pytest", "benchmarks", "--benchmark-only", "--quick", "-p", "no:cacheprovider"),
         *("-k", "(upstream1 or none) and not compiled", f"--benchmark-json={path}"),
     )
+    assert path.exists() and not partial_of(path).exists()
     families = load([path])
     results = families["margin"]
     assert families.keys() == FAMILIES.keys() and len(results.cases) == 4
