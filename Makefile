@@ -24,6 +24,18 @@ $(info TORCH=$(TORCH) is not installed: $(VENV) has a torch of its own, remove i
 endif
 endif
 
+# `make build` and `make gpu` leave the extension of another Python or torch in its place, `make clean` none: as
+# _build_info.check_versions, without the time that importing torch takes.
+BUILT_FOR_IT := import importlib.metadata as m, json, os, platform; \
+  b = json.load(open("ltkernels/_build.json")); \
+  same = b["torch"].split("+")[0] == m.version("torch").split("+")[0]; \
+  print(os.path.exists("ltkernels/_C.so") and same and b["python"] == platform.python_version().rpartition(".")[0])
+ifneq ($(wildcard $(READY)),)
+ifneq ($(shell $(BIN)/python -c '$(BUILT_FOR_IT)' 2>/dev/null),True)
+.PHONY: $(READY)
+endif
+endif
+
 .PHONY: train test test-dist setup build lint format benchmark report sanitize gpu gpu-pack dist clean
 
 train: setup
@@ -36,12 +48,7 @@ test: setup
 test-dist: setup
 	$(BIN)/python -m pytest -m distribution tests/test_distribution.py
 
-# `make build` and `make gpu` leave the extension of another Python or torch in its place.
-CURRENT := $(BIN)/python -c "from ltkernels import _build_info; _build_info.check_versions()"
-INSTALL := $(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[trainer,triton,test,lint]"
-
 setup: $(READY)
-	@$(CURRENT) 2>/dev/null || $(INSTALL)
 
 $(VENV)/.torch:
 	rm -f $@ $(READY)
@@ -56,7 +63,7 @@ $(VENV)/.torch:
 	echo "$(TORCH)" > $@
 
 $(READY): $(VENV)/.torch pyproject.toml setup.py $(NATIVE)
-	$(INSTALL)
+	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[trainer,triton,test,lint]"
 	touch $@
 
 # The extension alone, in place, with whatever Python is at hand (PYTHON=...).

@@ -36,7 +36,7 @@ def finite(value: float) -> float | None:
         found = float(value)
     except OverflowError:
         return None
-    return found if math.isfinite(found) else None
+    return found if -math.inf < found < math.inf else None  # torch.compile knows no isfinite
 
 
 def integer(name: str, value: int, minimum: int) -> int:

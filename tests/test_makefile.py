@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -26,9 +27,11 @@ def commands(venv: Path, *arguments: str) -> str:
     return done.stdout
 
 
-def installed(venv: Path, stamp: str) -> Path:
+def installed(venv: Path, stamp: str, python: str = f'exec "{sys.executable}" "$@"') -> Path:
     """A virtual environment as `make setup` leaves it, with what it notes down about torch."""
-    venv.mkdir()
+    (venv / "bin").mkdir(parents=True)
+    (venv / "bin" / "python").write_text(f"#!/bin/sh\n{python}\n")
+    (venv / "bin" / "python").chmod(0o755)
     (venv / ".torch").write_text(stamp)
     (venv / ".ready").touch()
     return venv
@@ -44,6 +47,12 @@ def test_a_bare_clone_installs_torch_first(tmp_path: Path, arguments: tuple[str,
 @pytest.mark.parametrize("stamp", ["", f"{DEFAULT}\n", f"{OTHER}\n"], ids=["touched", "default", "other"])
 def test_a_second_call_reuses_what_is_there(tmp_path: Path, stamp: str) -> None:
     assert "pip install" not in commands(installed(tmp_path / "venv", stamp))
+
+
+@pytest.mark.parametrize("answer", ["echo False", "exit 1"], ids=["of_another_torch", "missing"])
+def test_an_extension_that_is_not_of_this_torch_is_built_again(tmp_path: Path, answer: str) -> None:
+    run = commands(installed(tmp_path / "venv", f"{DEFAULT}\n", answer))
+    assert "--editable" in run and DEFAULT not in run
 
 
 @pytest.mark.parametrize("stamp", ["", f"{OTHER}\n"], ids=["touched", "the_same"])
