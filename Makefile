@@ -54,7 +54,7 @@ $(VENV)/.torch:
 	rm -f $@ $(READY)
 	@$(PYTHON) -c "import sys; assert sys.version_info >= (3, 11)" 2>/dev/null || \
 	  { echo "$(PYTHON) is no Python 3.11 or newer: make PYTHON=... names one"; exit 1; }
-	$(PYTHON) -m venv --clear $(VENV)
+	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet "$(TORCH)" numpy
 	@# Triton below 3.7, which torch 2.11 brings, interprets only with numpy below 2.4.
 	if $(BIN)/python -m pip freeze | grep -q '^triton==3\.[0-6]\.'; then $(BIN)/python -m pip install --quiet "numpy<2.4"; fi

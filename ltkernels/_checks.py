@@ -47,6 +47,12 @@ def integer(name: str, value: int, minimum: int) -> int:
     return int(value)
 
 
+def boolean(name: str, value: bool) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: expected a bool, got {type(value).__name__}")
+    return value
+
+
 def are_integers(x: object) -> TypeGuard[Tensor]:
     """Whether x holds numbers that can be labels or indices: torch counts neither bool nor complex as floating."""
     return isinstance(x, Tensor) and not (x.is_floating_point() or x.is_complex() or x.dtype == torch.bool)

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from ltkernels import _ops, reference
-from ltkernels._checks import are_integers, check_layouts, has_no_values, integer
+from ltkernels._checks import are_integers, boolean, check_layouts, has_no_values, integer
 from ltkernels._rows import REDUCTIONS
 
 DENOMINATORS = {"all": reference.ALL, "own": reference.OWN, "negatives": reference.NEGATIVES}
@@ -127,10 +127,9 @@ def contrastive_loss(
         labels, key_labels, positive_index, allowed, key_bias, pair_margin, sample_weight, log_normalizer,
         extra_positive,
     )  # fmt: skip
-    flags = {"scale_by_temperature": scale_by_temperature, "normalize": normalize, "return_stats": return_stats}
-    for name, flag in flags.items():
-        if not isinstance(flag, bool):
-            raise TypeError(f"{name}: expected a bool, got {type(flag).__name__}")
+    boolean("scale_by_temperature", scale_by_temperature)
+    boolean("normalize", normalize)
+    boolean("return_stats", return_stats)
     loss, stats = _call(
         query, key, temperature, options, DENOMINATORS[denominator], True, scale_by_temperature, reduction, normalize,
         return_stats,

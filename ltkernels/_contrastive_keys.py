@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import ltkernels.functional as LF
-from ltkernels._checks import are_integers, check_layouts, integer, kind_of, number
+from ltkernels._checks import are_integers, boolean, check_layouts, integer, kind_of, number
 from ltkernels._contrastive import as_multiplied, unit_vectors
 from ltkernels._contrastive_loss import (
     ContrastiveLossModule,
@@ -58,9 +58,7 @@ class BalancedContrastiveLoss(ContrastiveLossModule):
     def __init__(self, temperature: float | Tensor = 0.1, normalize: bool = True, *, count_anchor: bool = True) -> None:
         super().__init__(normalize)
         self._set_temperature(temperature)
-        if not isinstance(count_anchor, bool):
-            raise TypeError(f"count_anchor: expected a bool, got {type(count_anchor).__name__}")
-        self.count_anchor = count_anchor
+        self.count_anchor = boolean("count_anchor", count_anchor)
 
     def forward(self, embeddings: Tensor, labels: Tensor, prototypes: Tensor) -> Tensor:
         """The loss, a scalar, with gradients to embeddings, prototypes and a learned temperature.

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 import ltkernels.functional as LF
-from ltkernels._checks import are_integers, check_layouts, has_no_values, kind_of, number
+from ltkernels._checks import are_integers, boolean, check_layouts, has_no_values, kind_of, number
 from ltkernels._contrastive import LAYOUTS
 
 
@@ -19,8 +19,7 @@ class ContrastiveLossModule(nn.Module):
 
     def __init__(self, normalize: bool = True, layout: str = "stacked") -> None:
         super().__init__()
-        if not isinstance(normalize, bool):
-            raise TypeError(f"normalize: expected a bool, got {type(normalize).__name__}")
+        boolean("normalize", normalize)
         if layout not in LAYOUTS:
             raise ValueError(f"layout: expected 'stacked' or 'interleaved', got {layout!r}")
         self.normalize = normalize

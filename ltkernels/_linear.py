@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ltkernels import _ops, reference
+from ltkernels._checks import boolean
 from ltkernels._rows import (
     REDUCTIONS,
     check_layouts,
@@ -52,8 +53,7 @@ def linear_margin_softmax(
             f"got {tuple(input.shape)} and {tuple(linear_weight.shape)}"
         )
     for name, x in (("cosine", cosine), ("return_lse", return_lse), ("return_stats", return_stats)):
-        if not isinstance(x, bool):
-            raise TypeError(f"{name}: expected a bool, got {type(x).__name__}")
+        boolean(name, x)
     check_types(weight, logit_scale, logit_bias, target_margin, pairwise_margin, mask, sample_weight, row_class)
     rows_of_chunk = chunk_rows(chunk_size)
     if isinstance(scale, Tensor):

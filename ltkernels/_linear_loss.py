@@ -10,7 +10,7 @@ from torch import Tensor, nn
 import ltkernels.functional as LF
 from ltkernels import margins as M
 from ltkernels._auxiliary_loss import AuxiliaryLossOptions
-from ltkernels._checks import integer
+from ltkernels._checks import boolean, integer
 from ltkernels._cosine_linear import CosineLinear
 from ltkernels._linear import chunk_rows
 from ltkernels._margin_loss import MarginCrossEntropyLoss
@@ -63,9 +63,8 @@ class LinearMarginCrossEntropyLoss(MarginCrossEntropyLoss):
         **options: Unpack[AuxiliaryLossOptions],
     ) -> None:
         super().__init__(margins, **options)
-        for name, flag in (("bias", bias), ("cosine", cosine)):
-            if not isinstance(flag, bool):
-                raise TypeError(f"{name}: expected a bool, got {type(flag).__name__}")
+        boolean("bias", bias)
+        boolean("cosine", cosine)
         chunk_rows(chunk_size)
         if bias and cosine:
             raise ValueError("bias: expected False for a cosine classifier")

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from ltkernels import _ops, reference
-from ltkernels._checks import check_layouts, values_of
+from ltkernels._checks import boolean, check_layouts, values_of
 
 REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
 
@@ -27,8 +27,7 @@ def margin_softmax(
     if not isinstance(input, Tensor) or not isinstance(target, Tensor):
         name, value = ("target", target) if isinstance(input, Tensor) else ("input", input)
         raise TypeError(f"{name}: expected a Tensor, got {type(value).__name__}")
-    if not isinstance(return_lse, bool):
-        raise TypeError(f"return_lse: expected a bool, got {type(return_lse).__name__}")
+    boolean("return_lse", return_lse)
     if isinstance(scale, Tensor):
         logit_scale, target_margin = fold_scale(scale, logit_scale, target_margin, input)
         scale = 1.0

@@ -122,6 +122,7 @@ def margin_cross_entropy(
         >>> loss = LF.margin_cross_entropy(logits, target, logit_bias=counts.log())  # balanced softmax
         >>> loss.backward()
     """
+    # Most calls end here. Dynamo cannot look inside; tensors of other tracers are not plain, and come back.
     if _ops.KERNELS_ENABLED and not is_dynamo_compiling():
         result = _ops.margin_softmax_direct(
             input, target, weight, logit_scale, logit_bias, target_margin, pairwise_margin, mask, sample_weight, None,
