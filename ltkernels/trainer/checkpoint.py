@@ -6,6 +6,7 @@ well; only then an older one goes. The last two are kept, so that one that got d
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import warnings
@@ -43,15 +44,19 @@ class CheckpointFolder:
         return sorted((file for file in self.path.iterdir() if _NAME.fullmatch(file.name)), reverse=True)
 
     def save(self, step: int, state: dict[str, Any]) -> Path:
-        """Write the state after ``step`` steps and remove all but the last two checkpoints.
+        """Write the state after ``step`` steps and remove all but the last two checkpoints up to there.
+
+        Later ones go too: :meth:`load` has refused them, or the run would have gone on from there.
 
         Raises:
             TrainerError: the folder cannot be written to; what was there before is still there.
         """
         target = self.path / f"checkpoint-{step:08d}.pt"
         write_atomically(target, lambda file: torch.save(state, file))
-        for old in self.files()[KEPT:]:
-            old.unlink(missing_ok=True)
+        files = self.files()
+        newest = files.index(target)
+        for other in files[:newest] + files[newest + KEPT :]:
+            other.unlink(missing_ok=True)
         return target
 
     def load(self) -> dict[str, Any] | None:
@@ -120,7 +125,8 @@ def write_atomically(target: Path, write: Callable[[IO[bytes]], None]) -> None:
         os.replace(temporary, target)
         _sync_folder(target.parent)
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # a folder that cannot be written to
+            temporary.unlink(missing_ok=True)
         raise TrainerError(f"cannot write {target}: {_first_line(error)}") from error
 
 

@@ -28,12 +28,13 @@ from ltkernels.trainer.checkpoint import CheckpointFolder
 from ltkernels.trainer.data import LabelledImages, Split
 from ltkernels.trainer.data.augment import BatchAugment
 from ltkernels.trainer.data.datasets import ImageDataset
-from ltkernels.trainer.data.images import check_images
+from ltkernels.trainer.data.images import check_images, fingerprints
 from ltkernels.trainer.data.mixing import mix
 from ltkernels.trainer.data.sampling import epoch_order
 from ltkernels.trainer.ema import ExponentialMovingAverage
 from ltkernels.trainer.engine import DivergedError
 from ltkernels.trainer.image_recipes import ImageRecipe
+from ltkernels.trainer.methods import Objective
 from ltkernels.trainer.metrics import Outputs, Scores, probabilities_of, score
 from ltkernels.trainer.models import build_model
 from ltkernels.trainer.step import (
@@ -84,7 +85,7 @@ class Fit:
 
     Attributes:
         module: What a step computes, with its gradients: the objective, compiled or distributed where it is.
-        fingerprints: Of the training and the test images.
+        fingerprints: Of the training and the test images, without and with their labels.
         step: Steps taken.
         history: One row for each evaluation: step, epoch, lr, train_loss and the fields of
             :class:`~ltkernels.trainer.metrics.Scores`; empty on all processes but the first.
@@ -101,12 +102,12 @@ class Fit:
         channels, *size = self.images.shape[1:]
         self.augment = BatchAugment(recipe.augmentation, tuple(size), channels, data.mean, data.std).to(fabric.device)
         self.steps_per_epoch = math.ceil(len(self.target) / recipe.batch_size)
-        self.fingerprints = {"training": split.train.fingerprint, "test": split.evaluate.fingerprint}
+        self.fingerprints = fingerprints(split.train, split.evaluate)
         self._check_parts()
 
         seed_everything(recipe.seed, verbose=False)
         self.network = make_network(recipe, channels, len(split.counts))
-        self.objective = recipe.settings.objective(self.network, split.counts, recipe.steps / self.steps_per_epoch)
+        self.objective = self._make_objective()
         self._check_objective()
         self.objective.to(fabric.device)
         if recipe.channels_last:
@@ -130,7 +131,7 @@ class Fit:
         self.history: list[dict[str, Any]] = []
         self._order = torch.empty(0, dtype=torch.int64)
         # Losses since the last evaluation, read when it is due: reading each would make the device wait for the host.
-        self._losses = torch.zeros(recipe.evaluate_every, device=fabric.device)
+        self._losses = torch.zeros(min(recipe.evaluate_every, recipe.steps), device=fabric.device)
         self._losses_from = 0
         self._logits: tuple[int, Tensor] | None = None
 
@@ -139,6 +140,13 @@ class Fit:
         world = self.fabric.world_size
         if min(last, len(self.target)) < world:
             raise TrainerError(f"devices: the last batch of an epoch has {last} images, too few for {world} processes")
+
+    def _make_objective(self) -> Objective:
+        recipe = self.recipe
+        try:
+            return recipe.settings.objective(self.network, self.counts, recipe.steps / self.steps_per_epoch)
+        except (ValueError, RuntimeError) as error:  # values beyond float32, say, that fit these class counts only
+            raise TrainerError(f"settings of {recipe.title}: {error}") from error
 
     def _check_objective(self) -> None:
         if self.recipe.settings.contrasts_the_batch and self.fabric.world_size > 1:
@@ -261,10 +269,11 @@ class Fit:
         Raises:
             DivergedError: one is not finite.
         """
-        losses = self._losses[: self.step - self._losses_from].clone()
+        losses = self._losses[: self.step - self._losses_from]
         if len(losses) == 0:
             return losses
-        losses = self.fabric.all_reduce(losses, reduce_op="mean").cpu()
+        losses.copy_(self.fabric.all_reduce(losses.clone(), reduce_op="mean"))  # a checkpoint is of all processes
+        losses = losses.cpu()
         finite = torch.isfinite(losses)
         if not finite.all():
             index = int((~finite).nonzero()[0])

@@ -98,7 +98,7 @@ class ImageRecipe:
             _one_of(name, getattr(self, name), tuple(known))
         for name, words in (("sampler", Sampling), ("schedule", Schedule), ("precision", Precision)):
             _one_of(name, getattr(self, name), get_args(words))
-        if type(self.settings) is not type(METHODS[self.method].settings_for(self.dataset)):
+        if type(self.settings) is not type(METHODS[self.method].settings):
             raise TrainerError(f"settings: {type(self.settings).__name__} are not those of method {self.method!r}")
         for name in ("steps", "batch_size", "views", "evaluate_every"):
             _number(name, getattr(self, name), 1, whole=True)
@@ -162,8 +162,12 @@ class ImageRecipe:
         """
         values = dict(values)
         _one_of("method", values.get("method"), tuple(METHODS))
-        settings = METHODS[values["method"]].settings_for(values.get("dataset", ""))
-        nested = {"settings": type(settings), "long_tail": LongTail, "augmentation": Augmentation, "mixing": Mixing}
+        nested = {
+            "settings": type(METHODS[values["method"]].settings),
+            "long_tail": LongTail,
+            "augmentation": Augmentation,
+            "mixing": Mixing,
+        }
         for name, kind in nested.items():
             if name in values:
                 values[name] = _build(kind, values[name], f"{name}.")
@@ -231,17 +235,18 @@ def _number(
 
 
 def _recipes() -> dict[str, ImageRecipe]:
-    # Data set, network and its width, and images of the largest class: all that its archive has. A quarter of the small
-    # network takes a tenth of a second for a step of two views on one core: a table of it can do without a GPU.
+    # Data set, network and its width, and images of the largest class: all that its archive has. The tasks with a part
+    # of the small network are those of which a table can do without a GPU.
     tasks = {
         "cifar10-lt": ("cifar10", "resnet32", 1.0, 5000),
         "cifar100-lt": ("cifar100", "resnet32", 1.0, 500),
+        "cifar100-lt-small": ("cifar100", "small-cnn", 0.25, 500),
         "fashion-lt": ("fashion-mnist", "small-cnn", 0.25, 6000),
     }
     return {
         f"{task}-{name}": ImageRecipe(
             method=name,
-            settings=method.settings_for(dataset),
+            settings=method.settings_for(task),
             dataset=dataset,
             model=model,
             width=width,

@@ -23,6 +23,7 @@ from rich.console import Console
 from ltkernels.trainer import TrainerError
 from ltkernels.trainer.checkpoint import CheckpointFolder, export_weights
 from ltkernels.trainer.data import Split
+from ltkernels.trainer.data.datasets import ImageDataset
 from ltkernels.trainer.data.pack import load_split
 from ltkernels.trainer.fit import Fit, StoppedError
 from ltkernels.trainer.image_recipes import TIERS, ImageRecipe, Tier, load_recipe, save_recipe
@@ -40,6 +41,13 @@ from ltkernels.trainer.runlog import (
 
 RECIPE_FILE = "recipe.json"
 METRICS_FILE = "metrics.json"
+# Names in its files of the fingerprints of a run.
+FINGERPRINTS = {
+    "training": "train_fingerprint",
+    "test": "test_fingerprint",
+    "training labels": "train_label_fingerprint",
+    "test labels": "test_label_fingerprint",
+}
 INTERRUPTED, TERMINATED = 130, 143  # 128 + the number of the signal, as a shell has it
 
 
@@ -96,11 +104,14 @@ def run_image_training(options: ImageTrainOptions, name: str, command: str, cons
     if options.tier is not None:
         recipe = dataclasses.replace(recipe, steps=TIERS[options.tier])
     with open_fabric(recipe.precision, options.accelerator, options.devices, options.threads) as fabric:
+        loaded = load_split(
+            recipe.dataset, recipe.long_tail, options.data_root
+        )  # before a folder that would be in the way
         path = RunFolder.create(options.out, name).path if fabric.is_global_zero else None
         folder = RunFolder(fabric.broadcast(path))
         if fabric.is_global_zero:
             folder.write_json(RECIPE_FILE, save_recipe(recipe, name))
-        return train_in_folder(fabric, folder, name, recipe, options, command, console)
+        return train_in_folder(fabric, folder, name, recipe, loaded, options, command, console)
 
 
 def resume_image_training(path: Path, options: ResumeOptions, command: str, console: Console) -> int:
@@ -120,7 +131,8 @@ def resume_image_training(path: Path, options: ResumeOptions, command: str, cons
         recipe, cuda_graph=recipe.cuda_graph and options.cuda_graph, compile=recipe.compile and options.compile
     )
     with open_fabric(recipe.precision, options.accelerator, options.devices, options.threads) as fabric:
-        return train_in_folder(fabric, RunFolder(path), name, recipe, options, command, console)
+        loaded = load_split(recipe.dataset, recipe.long_tail, options.data_root)
+        return train_in_folder(fabric, RunFolder(path), name, recipe, loaded, options, command, console)
 
 
 def train_in_folder(
@@ -128,6 +140,7 @@ def train_in_folder(
     folder: RunFolder,
     name: str,
     recipe: ImageRecipe,
+    loaded: tuple[ImageDataset, Split],
     options: MachineOptions,
     command: str,
     console: Console,
@@ -138,7 +151,7 @@ def train_in_folder(
         TrainerError: another process is at work in the folder, or a user's mistake.
     """
     with _only_here(fabric, folder):
-        data, split = load_split(recipe.dataset, recipe.long_tail, options.data_root)
+        data, split = loaded
         fit = Fit(fabric, recipe, data, split)
         checkpoints = CheckpointFolder(folder.path)
         state = checkpoints.load()
@@ -146,7 +159,7 @@ def train_in_folder(
             fit.restore(state)
         console = console if fabric.is_global_zero else Console(quiet=True)
         if fabric.is_global_zero:
-            config = _config(fabric, name, recipe, split, command, fit.step)
+            config = _config(fit, name, split, command)
             config["parts"] = [*_earlier_parts(folder.path, fit.step), _part(config)]
             folder.write_json("config.json", config)
             _print_start(console, config, fit.step, recipe)
@@ -194,7 +207,7 @@ def _finish(fit: Fit, folder: RunFolder, config: dict[str, Any], console: Consol
         "seconds": round(seconds, 1),  # of all parts, for a run that was resumed
         "finished": _now(),
         "resumed_from": config["resumed_from"],
-        **{key: config[key] for key in ("train_fingerprint", "test_fingerprint", "device", "cpu", "threads")},
+        **{key: config[key] for key in (*FINGERPRINTS.values(), "device", "cpu", "threads")},
     }
     folder.write_json(METRICS_FILE, content)  # the last file: who finds it finds all of them
     last, best = content["last"], content["best"]
@@ -264,22 +277,19 @@ def stop_signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def _config(
-    fabric: Fabric, name: str, recipe: ImageRecipe, split: Split, command: str, resumed_from: int
-) -> dict[str, Any]:
+def _config(fit: Fit, name: str, split: Split, command: str) -> dict[str, Any]:
     return {
         "command": command,
         "started": _now(),
-        "resumed_from": resumed_from,
+        "resumed_from": fit.step,
         "recipe_name": name,
-        "recipe_hash": recipe.hash,
-        "processes": fabric.world_size,
+        "recipe_hash": fit.recipe.hash,
+        "processes": fit.fabric.world_size,
         "source": split.train.source,
         "train_images": len(split.train),
         "test_images": len(split.evaluate),
-        "train_fingerprint": split.train.fingerprint,
-        "test_fingerprint": split.evaluate.fingerprint,
-        **environment(fabric.device),
+        **{name: fit.fingerprints[part] for part, name in FINGERPRINTS.items()},
+        **environment(fit.fabric.device),
     }
 
 

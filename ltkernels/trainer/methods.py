@@ -313,19 +313,19 @@ class Method:
     Args:
         title: Its name in tables.
         settings: The loss with the settings fixed before any run.
-        for_dataset: Other settings for some data sets.
+        for_task: Other settings for some tasks, as recipes name them: a data set, its tail and a network.
         mixing: Mixing of images, where that is what the method is about.
         views: Augmented copies of every image in its batch.
     """
 
     title: str
     settings: MethodSettings
-    for_dataset: Mapping[str, MethodSettings] = field(default_factory=dict)
+    for_task: Mapping[str, MethodSettings] = field(default_factory=dict)
     mixing: Mixing = field(default_factory=Mixing)
     views: int = 1
 
-    def settings_for(self, dataset: str) -> MethodSettings:
-        return self.for_dataset.get(dataset, self.settings)
+    def settings_for(self, task: str) -> MethodSettings:
+        return self.for_task.get(task, self.settings)
 
 
 METHODS: dict[str, Method] = {
@@ -338,7 +338,7 @@ METHODS: dict[str, Method] = {
     "ldam": Method("LDAM", LDAM()),
     "ldam-drw": Method("LDAM-DRW", LDAM(drw_start=DRW_START)),
     # The authors' own pairs: their README for CIFAR-10, the command of DDC's repository for CIFAR-100.
-    "vs": Method("VS", VectorScaling(gamma=0.05, tau=1.0), {"cifar10": VectorScaling(gamma=0.2, tau=1.2)}),
+    "vs": Method("VS", VectorScaling(gamma=0.05, tau=1.0), {"cifar10-lt": VectorScaling(gamma=0.2, tau=1.2)}),
     "cosface": Method("CosFace", CosFace()),
     "ce-mixup": Method("CE + mixup", CrossEntropy(), mixing=Mixing(kind="mixup", alpha=1.0)),
     "ce-cutmix": Method("CE + cutmix", CrossEntropy(), mixing=Mixing(kind="cutmix", alpha=1.0)),
@@ -346,8 +346,6 @@ METHODS: dict[str, Method] = {
     # ELM, and what it is compared with at the same number of views and steps.
     "two-view-ce": Method("CE, two views", CrossEntropy(), views=2),
     "two-view-logit-adjustment": Method("logit adj., two views", LogitAdjustment(), views=2),
-    # Where another lambda is best on validation images (table elm-tuning-DATA).
-    "elm": Method(
-        "ELM (A)", EmbeddingAndLogitMargins(), {"fashion-mnist": EmbeddingAndLogitMargins(weight=0.3)}, views=2
-    ),
+    # Where another lambda is best on validation images (tables elm-tuning-...).
+    "elm": Method("ELM (A)", EmbeddingAndLogitMargins(), {"fashion-lt": EmbeddingAndLogitMargins(weight=0.3)}, views=2),
 }

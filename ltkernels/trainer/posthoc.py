@@ -31,8 +31,8 @@ from ltkernels.trainer.data.images import check_images
 from ltkernels.trainer.data.pack import load_split
 from ltkernels.trainer.data.sampling import epoch_order
 from ltkernels.trainer.fit import Fit, make_network
-from ltkernels.trainer.image_recipes import load_recipe
-from ltkernels.trainer.image_session import METRICS_FILE, open_fabric
+from ltkernels.trainer.image_recipes import LARGEST_SEED, load_recipe
+from ltkernels.trainer.image_session import FINGERPRINTS, METRICS_FILE, open_fabric
 from ltkernels.trainer.locks import run_locked
 from ltkernels.trainer.metrics import probabilities_of, score
 from ltkernels.trainer.runfolder import RunFolder, read_json
@@ -77,6 +77,8 @@ class PostHocOptions:
         for name in ("norm_tau", "prior_tau", "weight_decay"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise TrainerError(f"{name}: expected a number >= 0, got {getattr(self, name):g}")
+        if not 0 <= self.seed <= LARGEST_SEED:
+            raise TrainerError(f"seed: expected 0..{LARGEST_SEED}, got {self.seed}")
         if not 0 < self.lr < math.inf:
             raise TrainerError(f"lr: expected a number > 0, got {self.lr:g}")
 
@@ -216,11 +218,10 @@ def freeze(folder: Path, options: PostHocOptions) -> Frozen:
 
 
 def _images_of(folder: Path) -> dict[str, str]:
-    """Fingerprints of the images that a finished run was trained and evaluated on, as far as its files have them."""
+    """Fingerprints of what a finished run was trained and evaluated on, as far as its files have them."""
     file = folder / METRICS_FILE
     metrics = read_json(file) if file.is_file() else {}
-    names = {"training": "train_fingerprint", "test": "test_fingerprint"}
-    return {part: metrics[name] for part, name in names.items() if name in metrics}
+    return {part: metrics[name] for part, name in FINGERPRINTS.items() if name in metrics}
 
 
 def run_posthoc(folder: Path, options: PostHocOptions, command: str, console: Console) -> int:

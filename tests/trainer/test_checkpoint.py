@@ -64,6 +64,16 @@ def test_a_truncated_checkpoint_is_refused_and_the_previous_one_used(folder, tmp
         assert folder.load()["step"] == 5
 
 
+def test_a_damaged_checkpoint_does_not_take_the_place_of_a_good_one(folder, tmp_path):
+    (tmp_path / "checkpoint-00000010.pt").write_bytes(b"nothing")
+    with pytest.warns(UserWarning, match="going on from checkpoint-00000005.pt"):
+        folder.load()
+    for step in (6, 7):
+        folder.save(step, state(step))
+    assert names(tmp_path) == ["checkpoint-00000006.pt", "checkpoint-00000007.pt"]
+    assert folder.load()["step"] == 7
+
+
 def test_a_changed_bit_is_noticed(folder, tmp_path):
     file = tmp_path / "checkpoint-00000010.pt"
     content = bytearray(file.read_bytes())
@@ -133,6 +143,16 @@ def test_a_file_is_replaced_as_a_whole(tmp_path):
     assert target.read_bytes() == b"old" and names(tmp_path) == ["file"]
     write_atomically(target, lambda file: file.write(b"new"))
     assert target.read_bytes() == b"new"
+
+
+def test_a_read_only_disk_is_told(tmp_path, monkeypatch):
+    def read_only(*arguments, **options):
+        raise OSError(30, "Read-only file system")
+
+    for name in ("open", "unlink"):
+        monkeypatch.setattr("builtins.open" if name == "open" else "pathlib.Path.unlink", read_only)
+    with pytest.raises(TrainerError, match="cannot write .*file: .*Read-only file system"):
+        write_atomically(tmp_path / "file", lambda file: None)
 
 
 def test_weights_come_back(tmp_path):

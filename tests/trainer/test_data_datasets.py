@@ -1,5 +1,6 @@
 """The registry, downloads, and long-tailed subsets by the published counts and rules."""
 
+import dataclasses
 import os
 import sys
 import types
@@ -255,7 +256,28 @@ def test_copies_of_an_image_are_kept_together_and_none_is_dropped():
 def test_a_set_with_a_tail_of_its_own_is_taken_whole():
     data = dataset_of((5, 40, 1, 9))
     split = long_tailed_split(data, LongTail(imbalance_factor=None))
-    assert split.counts == (5, 40, 1, 9) and split.train is data.train and split.evaluate is data.test
+    assert split.counts == (5, 40, 1, 9) == tuple(split.train.class_sizes) and split.evaluate is data.test
+    assert split.train.label_fingerprint == data.train.label_fingerprint
+
+
+def test_a_set_with_a_tail_of_its_own_has_the_same_order_whatever_that_of_its_files():
+    data = dataset_of((5, 40, 1, 9))
+    backwards = data.train.subset(np.arange(len(data.train))[::-1])
+    turned = ImageDataset("turned", backwards, data.test, (), ())
+    first, second = (long_tailed_split(found, LongTail(imbalance_factor=None)).train for found in (data, turned))
+    assert (first.images == second.images).all() and (first.labels == second.labels).all()
+    archive = long_tailed_split(turned, LongTail(imbalance_factor=None, selection="archive")).train
+    assert (archive.images == backwards.images).all()  # which is asked for by its name
+
+
+@pytest.mark.parametrize("part", ["train", "test"])
+def test_a_class_without_images_is_named(tmp_path, monkeypatch, part):
+    whole = dataset_of((3, 3, 3, 3))
+    lacking = getattr(whole, part)
+    lacking = lacking.subset(np.flatnonzero(lacking.labels != 2))
+    monkeypatch.setitem(DATASETS, "lacking", lambda root: dataclasses.replace(whole, **{part: lacking}))
+    with pytest.raises(TrainerError, match=f"random: class 2 has no {part.replace('train', 'training')} image"):
+        load_dataset("lacking", tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -104,6 +104,37 @@ def test_grey_images_palettes_and_large_jpegs(tmp_path):
     assert np.abs(images[2].astype(int) - (10, 200, 90)).max() <= 3
 
 
+@pytest.mark.parametrize("name", ["0.png", "0.tif", "0.pgm"])
+def test_grey_values_of_16_bits_are_scaled(tmp_path, name):
+    make_folders(tmp_path)
+    ramp = np.linspace(0, 65535, 1024).reshape(32, 32).astype(np.uint16)
+    (tmp_path / "train" / "ant" / "0.png").unlink()
+    save(ramp, tmp_path / "train" / "ant" / name)
+    read = folders.load_folder(tmp_path).train.images[0]
+    assert np.abs(read - (ramp / 257)[..., None]).max() <= 0.5
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.float32])
+def test_pixels_without_a_known_range_are_refused(tmp_path, dtype):
+    make_folders(tmp_path)
+    save(pixels(0)[..., 0].astype(dtype), tmp_path / "train" / "ant" / "0.tif")
+    with pytest.raises(TrainerError, match=f"{tmp_path}/train/ant/0.tif: .* mode .*, have no range that is known"):
+        folders.load_folder(tmp_path)
+
+
+def test_photos_are_upright(tmp_path):
+    """Orientation 6 of EXIF: the first row of the file is the right side of the picture."""
+    make_folders(tmp_path)
+    file = tmp_path / "train" / "ant" / "0.png"
+    upright = pixels(5)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(np.rot90(upright)).save(file, exif=exif)
+    assert (folders.load_folder(tmp_path).train.images[0] == upright).all()
+    Image.fromarray(upright).save(file, exif=b"Exif\0\0damaged")
+    assert (folders.load_folder(tmp_path).train.images[0] == upright).all()
+
+
 def test_files_that_are_no_images_by_name_are_left_out(tmp_path):
     make_folders(tmp_path)
     (tmp_path / "train" / "ant" / "notes.txt").write_text("x")
@@ -171,6 +202,7 @@ def test_lists_of_images(tmp_path):
     [
         ("train", "", "train.txt: lists no image"),
         ("train", "all images/0_0.png 0\nimage.png\n", "train.txt, line 2: expected 'path label'"),
+        ("train", "all images/0_0.png 0\nall images/1_0.png 0\n", "train.txt: expected labels of at least 2 classes"),
         ("train", "all images/0_0.png -1\n", "train.txt, line 1: expected 'path label'"),
         ("train", "all images/0_0.png 1.0\n", "train.txt, line 1: expected 'path label'"),
         ("test", "\nall images/none.png 0\n", "test.txt, line 2: .*/all images/none.png: no such image"),
@@ -193,6 +225,15 @@ def test_lists_that_are_wrong_are_named(tmp_path, part, text, message):
     (tmp_path / f"{part}.txt").write_text(text)
     with pytest.raises(TrainerError, match=message):
         folders.load_list(tmp_path)
+
+
+def test_lists_as_editors_of_windows_save_them(tmp_path):
+    make_lists(tmp_path)
+    expected = folders.load_list(tmp_path).train
+    text = (tmp_path / "train.txt").read_text().strip().replace("\n", "\r\n")
+    (tmp_path / "train.txt").write_bytes(b"\xef\xbb\xbf" + text.encode())
+    read = folders.load_list(tmp_path).train
+    assert (read.images == expected.images).all() and (read.labels == expected.labels).all()
 
 
 def test_a_list_that_is_no_text(tmp_path):

@@ -26,9 +26,10 @@ def change(recipe, path, value):
 
 
 def test_every_method_has_a_recipe_for_every_task():
-    tasks = ("cifar10-lt", "cifar100-lt", "fashion-lt")
+    tasks = ("cifar10-lt", "cifar100-lt", "cifar100-lt-small", "fashion-lt")
     assert {f"{task}-{method}" for task in tasks for method in METHODS} <= IMAGE_RECIPES.keys()
     assert IMAGE_RECIPES["cifar10-lt-vs"].settings.gamma == 0.2
+    assert IMAGE_RECIPES["fashion-lt-elm"].settings.weight == 0.3
     assert IMAGE_RECIPES["cifar100-lt-ce-mixup"].mixing.kind == "mixup"
 
 

@@ -147,6 +147,8 @@ def test_a_diverging_classifier_is_told(frozen):
         ("passes", 0),
         ("steps", 0),
         ("batch_size", 0),
+        ("seed", -1),
+        ("seed", 2**32),
         ("norm_tau", -1.0),
         ("prior_tau", float("nan")),
         ("weight_decay", -1.0),

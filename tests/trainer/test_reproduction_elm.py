@@ -125,6 +125,17 @@ def test_chosen_settings(tmp_path, quick, best):
     assert "held-out validation images" in page and "not equal" not in page
 
 
+def test_settings_chosen_with_one_network_are_not_those_of_another(tmp_path, quick):
+    stored.elm_table(tmp_path / "results", "elm-cifar100-small", seeds=(0,))
+    stored.elm_tuning(tmp_path / "results", 1.0)  # with ResNet-32
+    page = report(tmp_path)[1]
+    assert page.count("none was chosen on validation images of this data set with this network") == 2
+    stored.elm_tuning(tmp_path / "results", 0.1, "elm-tuning-cifar100-small", best_tau=1.0)
+    page = report(tmp_path)[1]
+    assert "lambda of ELM (A) is 0.1 here, chosen on validation images" in page
+    assert "tau of logit adj., two views is 1 here, chosen on validation images" in page
+
+
 def test_a_search_that_is_not_complete_is_told(tmp_path, quick):
     stored.elm_tuning(tmp_path / "results", 0.3, without=(1.0, 0.03))  # 1 of both, 0.03 of ELM
     page = report(tmp_path)[1]

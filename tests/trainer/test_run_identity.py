@@ -53,6 +53,27 @@ def test_a_checkpoint_of_other_images_is_refused(part, named):
         changed.restore(state)
 
 
+def other_labels(part):
+    """The tiny data set with the classes 0 and 1 exchanged, in the training images or in those of the test."""
+    data = load_tiny()
+    found = getattr(data, part)
+    labels = found.labels.copy()
+    labels[found.labels == 0], labels[found.labels == 1] = 1, 0
+    return dataclasses.replace(data, **{part: dataclasses.replace(found, labels=labels)})
+
+
+@pytest.mark.parametrize(("part", "named"), [("train", "training"), ("test", "test")])
+def test_a_checkpoint_of_other_labels_is_refused(part, named):
+    with open_fabric(RECIPE.precision, "cpu") as fabric:
+        data = load_tiny()
+        tail = dataclasses.replace(RECIPE.long_tail, imbalance_factor=None)  # so that all images are the same
+        whole = dataclasses.replace(RECIPE, long_tail=tail)
+        state = Fit(fabric, whole, data, long_tailed_split(data, tail)).state()
+        changed = Fit(fabric, whole, other_labels(part), long_tailed_split(other_labels(part), tail))
+        with pytest.raises(TrainerError, match=f"the checkpoint is of other {named} labels, sha256 .* the data root"):
+            changed.restore(state)
+
+
 @pytest.fixture
 def finished(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -66,6 +87,12 @@ def test_post_hoc_methods_refuse_other_images(finished, monkeypatch):
     monkeypatch.setitem(DATASETS, "tiny", lambda root=None: other_images("test"))
     with pytest.raises(TrainerError, match="the run in .*run is of other test images, sha256"):
         freeze(finished, options)
+    monkeypatch.setitem(DATASETS, "tiny", lambda root=None: other_labels("test"))
+    with pytest.raises(TrainerError, match="the run in .*run is of other test labels, sha256"):
+        freeze(finished, options)
+    file = finished / "metrics.json"  # as older versions wrote it
+    file.write_text(json.dumps({k: v for k, v in json.loads(file.read_text()).items() if "label" not in k}))
+    freeze(finished, options)
 
 
 def test_a_run_that_another_process_works_on_is_left_alone(finished, monkeypatch, capsys):

@@ -66,7 +66,7 @@ def batch():
 
 @pytest.mark.parametrize("name", METHODS)
 def test_the_loss_is_that_of_the_paper(name, batch):
-    criterion = METHODS[name].settings_for("cifar100").criterion(COUNTS, 200)
+    criterion = METHODS[name].settings_for("cifar100-lt").criterion(COUNTS, 200)
     criterion.set_epoch(0)
     logits, target = batch
     results = []
@@ -88,7 +88,7 @@ def test_margins_on_cosines_have_a_cosine_classifier():
 
 
 def test_settings_of_vector_scaling_follow_the_data_set():
-    settings = [METHODS["vs"].settings_for(name) for name in ("cifar10", "cifar100")]
+    settings = [METHODS["vs"].settings_for(name) for name in ("cifar10-lt", "cifar100-lt")]
     assert [(s.gamma, s.tau) for s in settings] == [(0.2, 1.2), (0.05, 1.0)]
 
 

@@ -10,6 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from ltkernels.trainer import TrainerError
 from ltkernels.trainer.data import cifar, folders, idx
 from ltkernels.trainer.data.images import ImageDataset, MissingDataError
@@ -48,18 +50,26 @@ def load_dataset(name: str, data_root: Path | None = None, *, download: bool = F
 
     Raises:
         MissingDataError: the data is missing; the message says what to fetch and where to put it.
-        TrainerError: an unknown name, a file that is not of its format, or a download that is impossible.
+        TrainerError: an unknown name, a file that is not of its format, a class without training or test images, or a
+            download that is impossible.
     """
     if name not in DATASETS:
         raise TrainerError(f"dataset: expected one of {', '.join(DATASETS)}; got {name!r}")
     root = data_root_of(data_root)
     try:
-        return DATASETS[name](root)
+        return _complete(DATASETS[name](root))
     except MissingDataError:
         if not download:
             raise
     _download(name, root)
-    return DATASETS[name](root)
+    return _complete(DATASETS[name](root))
+
+
+def _complete(data: ImageDataset) -> ImageDataset:
+    for part, images in (("training", data.train), ("test", data.test)):
+        if images.class_sizes.min() == 0:  # it would score 0 and so lower the means over classes
+            raise TrainerError(f"{images.source}: class {images.class_sizes.argmin()} has no {part} image")
+    return data
 
 
 def _download(name: str, root: Path) -> None:
@@ -122,6 +132,8 @@ def long_tailed_split(dataset: ImageDataset, tail: LongTail) -> Split:
     if tail.validation_per_class:
         evaluate, pool = hold_out(pool, tail.validation_per_class, VALIDATION_SEED)
     if tail.imbalance_factor is None:
+        if tail.selection == "hash":
+            pool = pool.subset(np.lexsort((pool.hashes, pool.labels)))  # a run does not depend on the order of files
         return Split(pool, evaluate, tuple(pool.class_sizes.tolist()))
     largest = int(pool.class_sizes.max()) if tail.max_count is None else tail.max_count
     counts = class_counts(pool.num_classes, largest, tail.imbalance_factor, tail.profile)

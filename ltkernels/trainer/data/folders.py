@@ -36,13 +36,13 @@ Listing = tuple[list[Path], list[int]]
 def load_folder(root: Path, side: int = SIDE) -> ImageDataset:
     """The images of ``root/train`` and ``root/test``, a folder a class, as (N, side, side, 3).
 
-    Classes are the folders of ``root/train``, in alphabetical order. Images are cut to their centre square, resized
-    and converted to RGB.
+    Classes are the folders of ``root/train``, in alphabetical order. Images are turned as their EXIF data say, cut to
+    their centre square, resized and converted to RGB: grey values of 16 bits are scaled to 8, transparency is dropped.
 
     Raises:
         MissingDataError: one of the folders is not there.
         TrainerError: a class without training or test images, a test class that is not trained, a file with the name
-            of an image that is none, or fewer than two classes.
+            of an image that is none or whose pixels have no known range, or fewer than two classes.
     """
     for part in PARTS:
         if not (root / part).is_dir():
@@ -62,14 +62,16 @@ def load_list(root: Path, side: int = SIDE) -> ImageDataset:
 
     Raises:
         MissingDataError: one of the lists is not there.
-        TrainerError: a line that is not ``path label``, an image that is not there, a label out of range, or a class
-            without training or test images.
+        TrainerError: a line that is not ``path label``, an image that is not there, a label out of range, fewer than
+            two classes, or a class without training or test images.
     """
     for part in PARTS:
         if not (root / f"{part}.txt").is_file():
             raise MissingDataError(f"{root / part}.txt: no such file. {LIST_LAYOUT.format(root=root)}")
     train, test = (_listing_of_file(root / f"{part}.txt") for part in PARTS)
     num_classes = max(train[1]) + 1
+    if num_classes < 2:
+        raise TrainerError(f"{root / 'train'}.txt: expected labels of at least 2 classes, got {num_classes}")
     for part, (_, labels) in zip(PARTS, (train, test), strict=True):
         present = set(labels)
         # The first gap comes before the number of labels, however large the largest is.
@@ -108,7 +110,7 @@ def _listing_of_file(file: Path) -> Listing:
     files: list[Path] = []
     labels: list[int] = []
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        lines = file.read_text(encoding="utf-8-sig").splitlines()  # editors may write a byte order mark
     except (OSError, UnicodeDecodeError) as error:
         raise TrainerError(f"{file}: not readable as text ({error})") from error
     for number, line in enumerate(lines, start=1):
@@ -161,10 +163,34 @@ def _decode(file: Path, side: int) -> np.ndarray:
         with Image.open(file) as image:
             # A JPEG is decoded at a half, a quarter or an eighth of its size where that leaves twice the side: faster.
             image.draft("RGB", (2 * side, 2 * side))
-            square = ImageOps.fit(image.convert("RGB"), (side, side), method=Image.Resampling.BILINEAR)
+            square = ImageOps.fit(_rgb(_upright(image), image.format), (side, side), method=Image.Resampling.BILINEAR)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise TrainerError(f"{file}: cannot be read as an image ({error})") from error
     return np.asarray(square)
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # damaged EXIF data, which may fail in any way: the pixels decide whether it is an image
+        return image
+
+
+def _rgb(image: Image.Image, file_format: str | None) -> Image.Image:
+    """With 8 bits a channel. Pillow's own conversion cuts larger values off instead of scaling them.
+
+    Raises:
+        ValueError: the pixels are of 32 bits, which may be of any range.
+    """
+    # Of these formats Pillow 10 has 16 bits in mode I, Pillow 11 in I;16.
+    if image.mode.startswith("I;16") or (image.mode == "I" and file_format in ("PNG", "PPM")):
+        grey = np.asarray(image).astype(np.int64)
+        return Image.fromarray(((grey * 255 + 32767) // 65535).astype(np.uint8)).convert("RGB")
+    if image.mode in ("I", "F"):
+        raise ValueError(
+            f"pixels of 32 bits, mode {image.mode}, have no range that is known: save it with 8 or 16 bits"
+        )
+    return image.convert("RGB")
 
 
 def channel_statistics(images: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:

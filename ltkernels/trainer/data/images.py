@@ -55,6 +55,12 @@ class LabelledImages:
         return hashlib.sha256("".join(sorted(self.hashes.tolist())).encode()).hexdigest()
 
     @property
+    def label_fingerprint(self) -> str:
+        """The same of images with their labels: names what is learned of them, too."""
+        pairs = sorted(f"{name} {label}" for name, label in zip(self.hashes, self.labels.tolist(), strict=True))
+        return hashlib.sha256("\n".join(pairs).encode()).hexdigest()
+
+    @property
     def class_sizes(self) -> np.ndarray:
         """(C,) images of each class."""
         return np.bincount(self.labels, minlength=self.num_classes)
@@ -96,15 +102,26 @@ class ImageDataset:
     std: tuple[float, ...]
 
 
+def fingerprints(training: LabelledImages, test: LabelledImages) -> dict[str, str]:
+    """Of the images of a run, and of the images with their labels."""
+    return {
+        "training": training.fingerprint,
+        "test": test.fingerprint,
+        "training labels": training.label_fingerprint,
+        "test labels": test.label_fingerprint,
+    }
+
+
 def check_images(what: str, theirs: dict[str, str], ours: dict[str, str]) -> None:
-    """Compare fingerprints of training and test images; what older versions have written has none.
+    """Compare :func:`fingerprints`, as far as ``theirs`` have them: what older versions have written has fewer.
 
     Raises:
-        TrainerError: ``what`` is of other images.
+        TrainerError: ``what`` is of other images, or of images with other labels.
     """
     for part, found in theirs.items():
         if found != ours[part]:
+            name = part if part.endswith("labels") else f"{part} images"
             raise TrainerError(
-                f"{what} is of other {part} images, sha256 {found[:12]}, than are there now, {ours[part][:12]}: "
+                f"{what} is of other {name}, sha256 {found[:12]}, than are there now, {ours[part][:12]}: "
                 "name the data root that the run began with"
             )

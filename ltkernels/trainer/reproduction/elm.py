@@ -40,6 +40,7 @@ from ltkernels.trainer.tables import ELM_SEARCH, TABLES
 NAME = "elm"
 TUNING_PREFIX = "elm-tuning-"
 LOGIT_ONLY = "two-view-logit-adjustment"
+_TASK = ("dataset", "model", "width")
 _REPORT = "ltkernels report --runs runs"  # the projections are drawn from the embeddings of the runs
 _MEASURES = {
     "spread": "spread",
@@ -184,16 +185,18 @@ def _decision_row(decision: Decision) -> list[str]:
 
 
 def _weight_used(section: Section, tuned: Sequence[Section]) -> list[str]:
-    same_data = [found for found in tuned if found.recipe["dataset"] == section.recipe["dataset"]]
+    same_task = [found for found in tuned if all(found.recipe[name] == section.recipe[name] for name in _TASK)]
     sentences = []
     for method, search in ELM_SEARCH.items():
         used = sorted(_tried(section, method))
         if not used:
             continue
         sentence = f"{search.symbol} of {METHODS[method].title} is {' and '.join(f'{value:g}' for value in used)} here"
-        choices = {value for found in same_data if (value := chosen(found, method)) is not None}
+        choices = {value for found in same_task if (value := chosen(found, method)) is not None}
         if not choices:
-            sentences.append(f"{sentence}, the default: none was chosen on validation images of this data set.")
+            sentences.append(
+                f"{sentence}, the default: none was chosen on validation images of this data set with this network."
+            )
         elif choices == set(used):
             sentences.append(f"{sentence}, chosen on validation images (below).")
         else:
