@@ -1,9 +1,11 @@
 """GPU tests and benchmarks in one command of under 9 minutes: ``python -m benchmarks.run_gpu`` (``make gpu``).
 
 Needs a machine with an NVIDIA GPU, a C++ compiler, and a Python with torch, triton, pytest, pytest-benchmark and
-hypothesis; works offline. The extension is built in place if it is missing, stale, or built for another torch. The
-reports are written to benchmarks/results/ even if a test fails, as gpu-NAME.json, .md and .png for margin_cross_entropy
-and as FAMILY-gpu-NAME.* for the others; the exit status is then 1.
+hypothesis; works offline. The extension is built in place if it is missing, stale, or built for another torch. What the
+trainer lacks is taken from the wheels in packs/, where there are any. The reports are written to benchmarks/results/
+even if a test fails, as gpu-NAME.json, .md and .png for margin_cross_entropy and as FAMILY-gpu-NAME.* for the others;
+the exit status is then 1. Each family of benchmarks has a process of its own, as nothing works in one after a fault of
+the GPU.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
@@ -29,16 +32,18 @@ RESULTS = ROOT / "benchmarks" / "results"
 SETUPTOOLS = 77  # as in pyproject.toml
 NEEDED = ("torch", "pytest", "pytest_benchmark", "hypothesis")
 TRAINER = ("lightning_fabric", "torchmetrics", "tyro", "rich", "PIL")
+FAMILIES = ("margin", "trainer", "contrastive", "linear", "auxiliary")  # the first ones wait for a GPU the most
 SECONDS = 520.0
 BUILD_SECONDS, TEST_SECONDS = 150.0, 160.0
-# Above what is left if build and tests take all of theirs. The trainer's one group comes first, then the most telling
-# shape of each family, and so on, as many as there is time for.
+# Above what is left if build and tests take all of theirs. Each family has an equal share of it, for its most telling
+# shape first, and so on, as many as there is time for.
 BENCHMARK_SECONDS = 270.0
 REPORT_SECONDS = 20.0
 # What pytest has for its files once it is interrupted; pytest-xdist waits 10 s for its workers first.
 INTERRUPT_SECONDS = 20.0
 # What one group of benchmarks may take once it has begun: compilation, checks and its rounds.
 GROUP_SECONDS = 50.0
+PYTEST = ("-m", "pytest", "-q", "-p", "no:cacheprovider")
 
 
 class Failed(Exception):
@@ -63,11 +68,29 @@ def check_machine() -> str:
     if not importlib.util.find_spec("triton"):
         raise Failed(f"{sys.executable} has no triton, which the kernels for NVIDIA GPUs are written in.")
     absent = [name for name in TRAINER if not importlib.util.find_spec(name)]
+    if absent and use_packed_wheels():
+        absent = [name for name in TRAINER if not importlib.util.find_spec(name)]
     if absent:
         print(f"without the trainer's tests and benchmark, as there is no {', '.join(absent)}", flush=True)
     name = torch.cuda.get_device_name()
     print(f"{name}; torch {torch.__version__}, Python {sys.version.split()[0]}", flush=True)
     return name
+
+
+def use_packed_wheels() -> bool:
+    """Let this process and those it starts import what `make gpu-pack` has left and is not installed: plain Python."""
+
+    def installed(wheel: Path) -> bool:
+        try:
+            return bool(importlib.metadata.version(wheel.name.split("-")[0]))
+        except importlib.metadata.PackageNotFoundError:
+            return False
+
+    wheels = [str(wheel) for wheel in sorted((ROOT / "packs").glob("*-none-any.whl")) if not installed(wheel)]
+    sys.path += wheels
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (os.environ.get("PYTHONPATH"), *wheels)))
+    importlib.invalidate_caches()
+    return bool(wheels)
 
 
 def build(seconds: float) -> None:
@@ -87,7 +110,7 @@ def build(seconds: float) -> None:
         raise Failed("the extension could not be built.")
 
 
-def run(what: str, arguments: list[str], seconds: float, quiet: bool = False) -> int:
+def run(what: str, arguments: list[str], seconds: float, quiet: bool = False, **environment: str) -> int:
     """Exit status of a Python process in the root of the repository; 124 if it ran out of time.
 
     It is interrupted then, so that pytest writes what it has; what still runs some seconds later is killed.
@@ -98,7 +121,7 @@ def run(what: str, arguments: list[str], seconds: float, quiet: bool = False) ->
     process = subprocess.Popen(
         [sys.executable, *arguments],
         cwd=ROOT,
-        env=os.environ | {"PYTHONUNBUFFERED": "1", "PYTHONPATH": path},
+        env=os.environ | {"PYTHONUNBUFFERED": "1", "PYTHONPATH": path} | environment,
         stdout=stream,
         stderr=stream,
         start_new_session=True,  # so that its compiler processes end with it
@@ -126,7 +149,7 @@ def gpu_tests() -> list[str]:
     files = [path for path in (ROOT / "tests").rglob("test_*.py") if "mark.gpu" in path.read_text()]
     if not files:
         raise Failed("no file under tests/ has a test marked gpu.")
-    # Those of the contrastive kernels last: they compile the most, and without pytest-xdist the time may run out.
+    # Those of the contrastive kernels last: they compile the most, and the time may run out.
     return [str(path.relative_to(ROOT)) for path in sorted(files, key=lambda path: ("contrastive" in path.name, path))]
 
 
@@ -134,14 +157,38 @@ def test_arguments(junit: Path) -> list[str]:
     """All GPU tests, the large ones included; side by side where pytest-xdist is, as most of their time compiles."""
     arguments = ["-m", "gpu and (large or not large)", "--continue-on-collection-errors", f"--junitxml={junit}"]
     if importlib.util.find_spec("xdist"):
-        arguments += ["-n", str(min(8, max(1, (os.cpu_count() or 1) // 2))), "--dist", "worksteal"]
+        # In their order, and no more than a few of them waiting at a worker: what the time cuts off is at the end.
+        arguments += ["-n", str(min(16, os.cpu_count() or 1)), "--dist", "load", "--maxschedchunk", "4"]
     return arguments + gpu_tests()
 
 
-def benchmark_files() -> list[str]:
-    """Files of benchmarks, the trainer's first: its promise is about a GPU, and the time may run out."""
-    files = sorted(Path(__file__).parent.glob("bench_*.py"), key=lambda path: (path.stem != "bench_trainer", path.name))
-    return [str(path.relative_to(ROOT)) for path in files]
+def benchmark_file(family: str) -> str:
+    return str(next(Path(__file__).parent.glob(f"bench_{family}*.py")).relative_to(ROOT))
+
+
+def raw_file(family: str, name: str) -> Path:
+    from benchmarks.report import file_name
+
+    return RESULTS / f"{file_name(family, name)}-raw.json"
+
+
+def measure(name: str, seconds: float) -> list[str]:
+    """Benchmark the families one after the other, each in its share of the time that is left; those that failed."""
+    end, failed = time.monotonic() + seconds, []
+    for index, family in enumerate(FAMILIES):
+        left = max(1.0, end - time.monotonic())
+        share = left / (len(FAMILIES) - index)
+        # A group that has begun may go on into the share of the next family, if there is one.
+        limit = min(left, share + GROUP_SECONDS)
+        begin_until = max(share - GROUP_SECONDS / 2, share / 2)
+        status = run(
+            f"Benchmarks of {family}",
+            [*PYTEST, benchmark_file(family), "--benchmark-only", "--device=cuda", "--seconds=1.5",
+             f"--time-limit={begin_until:.0f}", f"--benchmark-json={raw_file(family, name)}"],
+            limit,
+        )  # fmt: skip
+        failed += [family] if status != 0 else []
+    return failed
 
 
 def count_tests(junit: Path, status: int) -> dict[str, int] | None:
@@ -155,19 +202,29 @@ def count_tests(junit: Path, status: int) -> dict[str, int] | None:
     return counts | {"stopped": 1} if status == 124 else counts
 
 
-def report(raw: Path, name: str, tests: dict[str, int] | None) -> None:
-    from benchmarks.report import main_table, write
-    from benchmarks.results import ResultsError, load
+def report(name: str, tests: dict[str, int] | None) -> list[str]:
+    """Write the pages; families without one. What one of them fails at is no reason to lose the others.
 
-    try:
-        families = load([raw])
-    except ResultsError as error:
-        raise Failed(f"no report: {error}") from None
-    for results in families.values():
-        results.tests = tests
-        for path in write(results, name, RESULTS):
-            print(path)
-        print(main_table(results))
+    Raises:
+        Failed: there is none at all.
+    """
+    from benchmarks.report import main_table, write
+    from benchmarks.results import load
+
+    missing = []
+    for family in FAMILIES:
+        try:
+            for results in load([raw_file(family, name)]).values():
+                results.tests = tests
+                for path in write(results, name, RESULTS):
+                    print(path)
+                print(main_table(results))
+        except Exception:
+            traceback.print_exc()
+            missing.append(family)
+    if len(missing) == len(FAMILIES):
+        raise Failed("no report: not one family of benchmarks has results that can be read.")
+    return missing
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -182,26 +239,21 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         name = "gpu-" + re.sub(r"[^a-z0-9]+", "-", check_machine().lower()).strip("-")
         RESULTS.mkdir(parents=True, exist_ok=True)
-        raw, junit = RESULTS / f"{name}-raw.json", ROOT / "build" / "gpu-tests.xml"
-        for stale in (raw, partial_of(raw), junit):
+        raws, junit = [raw_file(family, name) for family in FAMILIES], ROOT / "build" / "gpu-tests.xml"
+        for stale in (*raws, *map(partial_of, raws), junit):
             stale.unlink(missing_ok=True)
         build(left(BUILD_SECONDS, 0))
         # A share of the time is kept for the benchmarks, even if the tests hang.
         reserved = REPORT_SECONDS + INTERRUPT_SECONDS
-        pytest, seconds = ["-m", "pytest", "-q", "-p", "no:cacheprovider"], left(TEST_SECONDS, 100 + reserved)
-        tested = run("Tests", pytest + test_arguments(junit), seconds)
-        limit = left(BENCHMARK_SECONDS + GROUP_SECONDS, reserved)
-        measured = run(
-            "Benchmarks",
-            [*pytest, *benchmark_files(), "--benchmark-only", "--device=cuda", "--seconds=1.5",
-             f"--time-limit={max(1.0, limit - GROUP_SECONDS):.0f}", f"--benchmark-json={raw}"],
-            limit,
-        )  # fmt: skip
-        report(raw, name, count_tests(junit, tested))
+        # One thread each: what they compute on the host is the definition in float64, and all cores compile.
+        seconds = left(TEST_SECONDS, 100 + reserved)
+        tested = run("Tests", [*PYTEST, *test_arguments(junit)], seconds, OMP_NUM_THREADS="1")
+        failed = measure(name, left(BENCHMARK_SECONDS, reserved))
+        failed += report(name, count_tests(junit, tested))
     except Failed as failure:
         print(f"benchmarks.run_gpu: {failure}", file=sys.stderr)
         return 2
-    return int(tested != 0 or measured != 0)
+    return int(tested != 0 or bool(failed))
 
 
 if __name__ == "__main__":

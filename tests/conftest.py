@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 
 import pytest
@@ -39,6 +39,22 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for item in items:
             if item.get_closest_marker(mark):
                 item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
+    """After a fault of the GPU nothing works in its process: pytest-xdist begins another for the tests to come."""
+    try:
+        return (yield)
+    finally:
+        if item.get_closest_marker("gpu") and torch.cuda.is_available():
+            try:
+                torch.cuda.synchronize()  # the fault of a kernel shows when somebody waits for it
+            except RuntimeError as error:
+                if "PYTEST_XDIST_WORKER" not in os.environ:
+                    raise
+                print(f"{item.nodeid}: {error}", file=sys.__stderr__, flush=True)
+                os._exit(3)
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ from torch._dynamo.utils import counters
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))  # the benchmarks are part of the repository, not of the installed package
 
-from benchmarks import report, report_trainer, run_gpu, trainer, trainer_accuracy  # noqa: E402
+from benchmarks import report, report_trainer, trainer, trainer_accuracy  # noqa: E402
 from benchmarks.interleave import Effort  # noqa: E402
 from benchmarks.results import load  # noqa: E402
 from benchmarks.trainer import ROWS, OurLoop, Size, Task  # noqa: E402
@@ -212,12 +212,6 @@ def test_rows_that_the_machine_cannot_run_are_left_out(monkeypatch):
     on_gpu = {name: row.reason_to_leave_out("cuda") for name, row in ROWS.items()}
     assert [name for name, reason in on_gpu.items() if reason] == ["ours-compiled"]
     assert left_out["ours-compiled"] is None and ROWS["ours-compiled"].reason_to_leave_out("cpu", quick=True)
-
-
-def test_run_gpu_begins_with_the_trainer():
-    files = run_gpu.benchmark_files()
-    assert files[0] == "benchmarks/bench_trainer.py" and "benchmarks/bench_margin_cross_entropy.py" in files
-    assert len(files) == len(set(files)) == len(list((ROOT / "benchmarks").glob("bench_*.py")))
 
 
 # ------------------------------------------------------------------------------------------------------------ accuracy

@@ -288,7 +288,8 @@ class Call:
         sums = [p.temperature.new_empty(parts, n_a) for _ in range(2)]  # apart: each 16-byte aligned
         scale = p.temperature
         if self.query_dtype == torch.float16:
-            scale = (c.rows[1:].abs().amax() / 1024).clamp(min=1e-30) if self.rows else c.rows.new_ones(1)
+            sizes = torch.nan_to_num(c.rows[1:], nan=0.0, posinf=0.0, neginf=0.0).abs()  # a bad row spoils no other
+            scale = (sizes.amax() / 1024).clamp(min=1e-30) if self.rows else c.rows.new_ones(1)
         extra = self.extra if role & QUERY and output else None
         if n_a:
             kernel_calls["triton.contrastive.gradient"] += 1

@@ -297,7 +297,7 @@ def _forward(
     return row_loss.sum(), stats
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("n_blocks",))
 def _scale_in_place(
     grad_ptr,  # (size,)
     factor_ptr,  # ()

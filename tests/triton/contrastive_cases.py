@@ -385,6 +385,17 @@ def a_bad_temperature_stays_in_its_row() -> None:
                 assert got[name][2].isnan() and got[name][others].isfinite().all(), (denominator, value, name)
 
 
+@case
+def a_bad_temperature_stays_in_its_row_in_half_precision() -> None:
+    """One scale is taken from the coefficients of all rows."""
+    call = example(9, 21, 6, reduction=0)
+    call |= {name: call[name].half() for name in ("query", "key")}
+    for value in (math.nan, 0.0):
+        call["temperature"] = call["temperature"].index_fill(0, torch.tensor(2), value)
+        gradient = forward(call, wanted(call, ("query",)))["dquery"]
+        assert gradient[2].isnan().all() and gradient[[0, 1, *range(3, 9)]].isfinite().all(), value
+
+
 def poisoned(call: dict, row: int | None) -> None:
     """Loss and gradients are NaN in the row, or in all rows for None; others lose nothing. A mean is NaN."""
     rows, every = call["query"].shape[0], row is None
