@@ -1,15 +1,8 @@
-"""Runs the cases of *_cases.py under Triton's interpreter: ``interpreter_worker.py OUT.json SHARD SHARDS``.
-
-Its own process, because triton decides at import whether to interpret. Writes {case: "" or what went wrong}.
-"""
+"""Runs row_cases.py and what adds to it under Triton's interpreter: ``interpreter_worker.py OUT.json``."""
 
 from __future__ import annotations
 
-import json
 import os
-import sys
-import time
-import traceback
 import warnings
 
 os.environ["TRITON_INTERPRET"] = "1"
@@ -18,41 +11,33 @@ os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 import linear_cases  # noqa: F401  (adds its cases)
 import silencing_cases  # noqa: F401
 import torch
+from interpreter_pool import run_cases
 from row_cases import CASES
 
 from ltkernels import _ops
 from ltkernels.triton import margin_softmax
 
-warnings.filterwarnings("ignore")  # numpy reports the overflows and the NaN that the cases provoke
+
+def in_place(logits: torch.Tensor, *options) -> tuple[torch.Tensor, torch.Tensor]:
+    """The linear form pads the rows of a chunk on a CPU only; the kernel wants them as they are on a GPU."""
+    rows = logits.contiguous()
+    results = margin_softmax.margin_softmax_fwd_(rows, *options)
+    logits.copy_(rows)
+    return results
 
 
 def serve_cpu_with_triton() -> torch.library.Library:
     """From here on the operators' CPU kernels are the Triton launchers."""
     library = torch.library.Library("ltkernels", "IMPL")
-    for name in ("margin_softmax_fwd", "margin_softmax_fwd_", "margin_softmax_bwd", "margin_softmax_scale_"):
+    for name in ("margin_softmax_fwd", "margin_softmax_bwd", "margin_softmax_scale_"):
         library.impl(name, getattr(margin_softmax, name), "CPU")
+    library.impl("margin_softmax_fwd_", in_place, "CPU")
     _ops._triton()  # counts their launches
     return library
 
 
-def main() -> None:
-    path, shard, shards = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
-    torch.set_num_threads(1)
-    library = serve_cpu_with_triton()
-    results = {}
-    for name in list(CASES)[shard::shards]:
-        start = time.perf_counter()
-        try:
-            CASES[name]()
-            results[name] = ""
-        except Exception:
-            results[name] = traceback.format_exc(limit=-6)
-        if os.environ.get("LTKERNELS_TEST_VERBOSE"):
-            print(f"{time.perf_counter() - start:6.2f} s  {name}  {results[name]}", flush=True)
-    with open(path, "w") as file:
-        json.dump(results, file)
-    del library
-
-
 if __name__ == "__main__":
-    main()
+    warnings.filterwarnings("ignore")  # numpy reports the overflows and the NaN that the cases provoke
+    library = serve_cpu_with_triton()
+    run_cases(CASES)
+    del library
