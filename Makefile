@@ -1,5 +1,5 @@
 # make train   set up everything and run the main job on real data
-# make test    set up everything and run every test
+# make test    set up everything and run the tests; the largest: pytest -m large
 #
 # Both work on a bare clone: they create a virtual environment, install torch first (TORCH= overrides the requirement),
 # then the rest without build isolation, which would fetch a second torch. A second call reuses what is there, unless it

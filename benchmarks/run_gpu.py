@@ -64,7 +64,7 @@ def check_machine() -> str:
             "On a CPU: `make test` and `make benchmark`."
         )
     if torch.version.hip:
-        raise Failed("the Triton kernels are written for and tested on NVIDIA GPUs; this torch is built for ROCm.")
+        raise Failed("the Triton kernels are written for NVIDIA GPUs; this torch is built for ROCm.")
     if not importlib.util.find_spec("triton"):
         raise Failed(f"{sys.executable} has no triton, which the kernels for NVIDIA GPUs are written in.")
     absent = [name for name in TRAINER if not importlib.util.find_spec(name)]

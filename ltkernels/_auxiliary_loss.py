@@ -33,7 +33,7 @@ class NeighborSilencingLoss(MarginCrossEntropyLoss):
     With :math:`\lambda = 0` a sample leaves the classes :math:`S(y_i)`, which its own class silences, out of its
     softmax. Predict with :meth:`predict`: the raw logits of the target classes. Proposed in "Learning from
     Neighbors: Category Extrapolation for Long-Tail Learning" (arXiv:2410.15980); its released code has
-    ``prior_counts`` (balanced softmax) and ``neighbor_weight=0``.
+    ``prior_counts`` (balanced softmax) and ``neighbor_weight=0``; the paper is reported to weigh with 0.1.
 
     Args:
         neighbors: Which classes silence each other: C target and A auxiliary classes, K = C + A logits.

@@ -34,8 +34,8 @@ def check_versions() -> None:
         if _release(wanted) != _release(found):
             raise ImportError(
                 f"ltkernels was built against {name} {wanted}, but this is {name} {found}. Rebuild it with "
-                "`pip install --no-build-isolation --force-reinstall --no-deps ltkernels` (in a source tree: `make "
-                f"build PYTHON={sys.executable}`), or use the {name} it was built against."
+                "`pip install --no-build-isolation --force-reinstall --no-deps .` in its source tree (or, to use it "
+                f"there: `make build PYTHON={sys.executable}`), or use the {name} it was built against."
             )
 
 

@@ -54,7 +54,7 @@ def contrastive_loss(
     reduction: str = "mean",
     return_stats: bool = False,
 ) -> Tensor | tuple[Tensor, ContrastiveStats]:
-    r"""Contrastive loss with a temperature of each query, without ever holding the M x N similarities.
+    r"""Contrastive loss with a temperature of each query, without the M x N similarities.
 
     .. math::
         \ell_{ij} = \langle q_i, k_j \rangle / \tau_i + c_j + \rho_{y_i y_j}, \qquad

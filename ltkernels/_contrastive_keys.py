@@ -31,11 +31,11 @@ class BalancedContrastiveLoss(ContrastiveLossModule):
     class is in every denominator. :math:`n_c` counts the keys of class c, row i itself included. Rows are averaged over
     the batch. Zhu et al., "Balanced Contrastive Learning for Long-Tailed Visual Recognition", arXiv:2207.09052.
 
-    The authors' code differs from their formula: in the term of the own class it divides by the keys without row i,
-    :math:`n_{y_i} - 1`. ``count_anchor=False`` gives that.
+    The formula as printed sums :math:`e^{s_{ii}}` too, which says nothing and is left out here as in the authors' code;
+    that code divides the term of the own class by the keys without row i, :math:`n_{y_i} - 1`: ``count_anchor=False``.
 
     Two :func:`ltkernels.functional.similarity_logsumexp`, one over the batch and one over the prototypes, and sums of
-    the embeddings of each class: nothing of the size M x (M + C) is held. ``count_anchor=False`` takes a third one,
+    the embeddings of each class, without an M x (M + C) matrix. ``count_anchor=False`` takes a third one,
     and with it some 1.3 to 1.8 times as long as one fused call would, where its matrix fits the memory.
 
     Args:
@@ -195,7 +195,8 @@ class ISogCLRLoss(ContrastiveLossModule):
     constants: its gradient is that of the objective with the moving average s in the place of the batch's own mean, so
     that small batches do not bias it. Its value says little. In evaluation mode no state changes.
 
-    This is the rule of the paper. The authors' code (``SogCLR_DRO_Loss``) and LibAUC's ``GCLoss_v1`` average
+    This is the rule of the paper, with a clip of G, an upper limit of the temperatures and one average s for both views
+    added to it. The authors' code (``SogCLR_DRO_Loss``) and LibAUC's ``GCLoss_v1`` average
     :math:`e^{\langle z_i, z_j \rangle / \tau}`, not relative to the positive, weight each view by an average of its
     own, and return the sum over the views. Gradients differ by 18 to 37 percent in the guide's example.
 

@@ -280,8 +280,8 @@ class TemperatureContrastiveLoss(ContrastiveLossModule):
     .. math:: L_i = \log \sum_{j \ne i} e^{\langle z_i, z_j \rangle / \tau_i} - \frac{1}{|P(i)|} \sum_{p \in P(i)}
         \langle z_i, z_p \rangle / \tau_i, \qquad \text{loss} = \sum_i u_i L_i / \sum_i u_i
 
-    What sets :math:`\tau` and u is the method: rare samples get low temperatures and high weights, from the sizes of
-    pseudo-classes in TASE (sample-level tail encouragement, arXiv:2410.22883). Both are constants for the gradient.
+    What sets :math:`\tau` and u is the method: rare samples get low temperatures and high weights, from pseudo-labels
+    in the manner of TASE (arXiv:2410.22883). Both are constants for the gradient.
 
     Args:
         temperature: (num_samples,), finite and positive.

@@ -19,7 +19,8 @@ from ltkernels._margin_loss import MarginCrossEntropyLoss
 class LinearMarginCrossEntropyLoss(MarginCrossEntropyLoss):
     r"""A linear (or cosine) classifier with its margin loss, :func:`ltkernels.functional.linear_margin_cross_entropy`.
 
-    The N x C logits are never held. As :class:`torch.nn.LinearCrossEntropyLoss`, the module owns the classifier.
+    Of the N x C logits a chunk is held at a time. As :class:`torch.nn.LinearCrossEntropyLoss`, the module owns the
+    classifier.
 
     Args:
         in_features: D.

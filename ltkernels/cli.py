@@ -15,7 +15,7 @@ _USAGE = """usage: ltkernels <command> [options]
                   --from RUN/recipe.json repeats the recipe of a run, --resume RUN goes on with a run
   tune digits     repeat the search behind the settings of digits, on validation splits
   posthoc RUN     cRT, tau-normalisation, weight scaling, logit adjustment on the weights of a run
-  table NAME      train the runs of a table that are not done yet, several side by side, and store their results
+  table NAME      train the runs of a table that are not done yet, --parallel N side by side, and store their results
   report          write the pages of docs/reproduction, reported numbers beside ours, from the stored results
   data            list the data sets that are there, draw their long-tailed versions
   pack TABLE ...  the images of tables in one file a data set, for a machine without network

@@ -172,8 +172,8 @@ def auxiliary_cross_entropy(
     At :math:`\lambda = 0` silenced classes are out of the distribution altogether: their gradient is exactly 0, and
     mass that probabilities or label smoothing put on them is dropped. Any :math:`\lambda > 0` keeps that mass, so
     the loss is not continuous at 0 where there is such mass. At :math:`\lambda = 1` nothing is silenced. Proposed in
-    "Learning from Neighbors: Category Extrapolation for Long-Tail Learning" (arXiv:2410.15980), whose released code
-    has :math:`\lambda = 0`.
+    "Learning from Neighbors: Category Extrapolation for Long-Tail Learning" (arXiv:2410.15980). The default is that of
+    the released code, :math:`\lambda = 0`; the paper is reported to weigh with 0.1.
 
     Args:
         input: Logits over ``neighbors.num_classes + neighbors.num_auxiliary`` classes, as in
@@ -268,12 +268,14 @@ def linear_margin_cross_entropy(
     return_lse: bool = False,
     return_stats: bool = False,
 ) -> Tensor | tuple:
-    r"""A linear classifier and :func:`margin_cross_entropy` in one, without ever holding the N x C logits.
+    r"""A linear classifier and :func:`margin_cross_entropy` in one, on a chunk of the N x C logits at a time.
 
     The same loss and gradients as ``margin_cross_entropy(F.linear(input, linear_weight, linear_bias), target, ...)``,
     computed a chunk of rows at a time: the logits of the chunk, its loss, their gradient in the same memory, and from
     it the gradients to ``input`` and ``linear_weight``, which are ready after the forward pass. The memory needed
-    beyond inputs and gradients is that of one chunk. The gradient to ``linear_weight`` is added up in float32.
+    beyond inputs and gradients is about that of one chunk; ``chunk_size="auto"`` makes chunks of some 8 million logits
+    on CPUs and 67 million on others, so that smaller problems are one chunk. The gradient to ``linear_weight`` is added
+    up in float32: for 16-bit inputs that takes C x D numbers more, and as many for a copy of the weights on CPUs.
 
     With ``cosine`` the logits are :math:`\langle x_i / |x_i|, W_j / |W_j| \rangle`, the normalised classifier of LDAM
     (Cao et al., arXiv:1906.07413) and CosFace (Wang et al., arXiv:1801.09414), with exact gradients to the vectors
@@ -347,7 +349,7 @@ def linear_auxiliary_cross_entropy(
     return_lse: bool = False,
     return_stats: bool = False,
 ) -> Tensor | tuple:
-    """A linear classifier and :func:`auxiliary_cross_entropy` in one, without ever holding the N x K logits.
+    """A linear classifier and :func:`auxiliary_cross_entropy` in one, on a chunk of the N x K logits at a time.
 
     Args, return value and errors are those of :func:`linear_margin_cross_entropy` and
     :func:`auxiliary_cross_entropy`; ``linear_weight`` is ``(K, D)``. The predicted class of ``return_stats`` is that

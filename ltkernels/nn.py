@@ -12,7 +12,8 @@ Each loss of logits is :class:`MarginCrossEntropyLoss` with the margins of one m
 Each contrastive loss of embeddings is a few lines over :func:`ltkernels.functional.contrastive_loss`:
 :class:`NTXentLoss`, :class:`SupConLoss`, :class:`BalancedContrastiveLoss` and :class:`MoCoLoss`, and with a temperature
 that changes :class:`TemperatureScheduledLoss`, :class:`TemperatureContrastiveLoss`, :class:`MACLLoss` and
-:class:`ISogCLRLoss`. What they know of single samples is in buffers, and float32 at least as well.
+:class:`ISogCLRLoss`. What they know of single samples is in buffers, and float32 at least as well, but for the queue of
+:class:`MoCoLoss`.
 """
 
 from __future__ import annotations

@@ -89,7 +89,7 @@ def cui_weight(n: Tensor, beta: float) -> Tensor:
 def class_balanced(f: Tensor, y: Tensor, n: Tensor, beta: float) -> Tensor:
     losses = -torch.log_softmax(f, 1)[torch.arange(len(y)), y]
     weight = cui_weight(n, beta)[y]
-    return (weight * losses).sum() / weight.sum()
+    return (weight * losses).sum() / weight.sum()  # PyTorch's mean, as in LDAM's code; Cui's divides by len(y)
 
 
 def equalization(f: Tensor, y: Tensor, n: Tensor, threshold: float, gamma: float) -> Tensor:

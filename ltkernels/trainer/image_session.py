@@ -53,7 +53,7 @@ INTERRUPTED, TERMINATED = 130, 143  # 128 + the number of the signal, as a shell
 
 @dataclass(frozen=True, kw_only=True)
 class MachineOptions:
-    """Where a run takes place; nothing of it decides the result."""
+    """Where a run takes place. Only the number of processes decides the result, through batch normalisation."""
 
     data_root: Path | None = None
     """Folder with the data sets; default: the one that LTKERNELS_DATA names, else data."""

@@ -102,7 +102,10 @@ class EmbeddingObjective(Objective):
 
 
 class FocalLoss(MarginCrossEntropyLoss):
-    r"""Focal loss :math:`-(1 - p_y)^\gamma \log p_y`, the mean over the samples. Lin et al., arXiv:1708.02002."""
+    r"""Focal loss :math:`-(1 - p_y)^\gamma \log p_y`, the mean over the samples, as the code of LDAM has it.
+
+    Lin et al., arXiv:1708.02002, have sigmoids, a weight alpha and gamma 2.
+    """
 
     def __init__(self, gamma: float) -> None:
         super().__init__(reduction="none")
@@ -337,7 +340,7 @@ METHODS: dict[str, Method] = {
     "cdt": Method("CDT", ClassDependentTemperatures()),
     "ldam": Method("LDAM", LDAM()),
     "ldam-drw": Method("LDAM-DRW", LDAM(drw_start=DRW_START)),
-    # The authors' own pairs: their README for CIFAR-10, the command of DDC's repository for CIFAR-100.
+    # Pairs that somebody has used: an example in the authors' README for CIFAR-10, DDC's command for CIFAR-100.
     "vs": Method("VS", VectorScaling(gamma=0.05, tau=1.0), {"cifar10-lt": VectorScaling(gamma=0.2, tau=1.2)}),
     "cosface": Method("CosFace", CosFace()),
     "ce-mixup": Method("CE + mixup", CrossEntropy(), mixing=Mixing(kind="mixup", alpha=1.0)),

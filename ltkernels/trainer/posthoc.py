@@ -60,7 +60,7 @@ class PostHocOptions:
     lr: float = 0.1
     """crt and lws: peak learning rate of SGD with momentum 0.9; it falls as half a cosine."""
     weight_decay: float = 5e-4
-    """crt: weight decay."""
+    """crt: weight decay; lws has none, where the authors' code has 5e-4 on its factors."""
     seed: int = 0
     """crt and lws: initial classifier, augmentation and samples."""
     data_root: Path | None = None

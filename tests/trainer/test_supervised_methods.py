@@ -41,7 +41,7 @@ def ldam(logits, target, weight=None):
 PAPERS = {
     "ce": F.cross_entropy,
     "class-balanced": lambda f, y: F.cross_entropy(f, y, balanced_weight(0.9999)),
-    "focal": lambda f, y: focal(f, y, 1.0),
+    "focal": lambda f, y: focal(f, y, 1.0),  # with a softmax, as in LDAM's code
     "balanced-softmax": lambda f, y: F.cross_entropy(f + N.log().float(), y),
     "logit-adjustment": lambda f, y: F.cross_entropy(f + PRIOR, y),
     "cdt": lambda f, y: F.cross_entropy(f * (SHRINK**0.2).float(), y),

@@ -125,8 +125,9 @@ def long_tailed(
     for label, (size, count) in enumerate(zip(data.class_sizes, counts, strict=True)):
         if size < count:
             raise TrainerError(
-                f"max_count: class {label} has {size} images to train on, {count} are asked for; lower max_count "
-                "(None: what the largest class has) or hold out fewer images"
+                f"max_count: class {label} has {size} images to train on, {count} are asked for, as classes get "
+                "smaller in the order of their labels; lower max_count, hold out fewer images, or take all images with "
+                "imbalance_factor None"
             )
     if selection not in ("hash", "archive"):
         raise TrainerError(f"selection: expected 'hash' or 'archive', got {selection!r}")
