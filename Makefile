@@ -41,8 +41,10 @@ endif
 train: setup
 	$(BIN)/ltkernels train digits
 
+# Two files of tests at a time: half the time on two cores. WORKERS=0 runs one after the other.
+WORKERS ?= 2
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 # The source archive, and a wheel that is built from it, installed and used elsewhere: compiles the extension.
 test-dist: setup

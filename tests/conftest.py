@@ -72,9 +72,11 @@ def run_python() -> Callable[..., str]:
 
     def run(*arguments: str, timeout: float = 600, fails: bool = False, **environment: str) -> str:
         path = os.pathsep.join([str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH", "")])
+        # A pytest started here is nobody's worker.
+        inherited = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
         result = subprocess.run(
             [sys.executable, *arguments],
-            env=os.environ | {"PYTHONPATH": path} | environment,
+            env=inherited | {"PYTHONPATH": path} | environment,
             capture_output=True,
             text=True,
             timeout=timeout,
