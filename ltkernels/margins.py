@@ -234,9 +234,8 @@ def adaptive_logit_adjustment(class_counts: ClassCounts, tau: float = 1.0, max_m
     r"""Logit adjustment with LDAM's margin on the target:
     :math:`b_j = \tau \log \pi_j`, :math:`m_j = m_{\max} (n_{\min} / n_j)^{1/4}`, :math:`s = 1`.
 
-    Menon et al., arXiv:2007.07314, section 6.2, join the two with margins of :math:`\pi_j^{-1/4}`, which is
-    ``max_margin`` = :math:`\pi_{\min}^{-1/4}` here (6.8 for the rarest class of CIFAR-100-LT); the default is LDAM's
-    0.5, of which no number is published. Not the adaptive logit adjustment (ALA) loss of arXiv:2104.06094.
+    Menon et al., arXiv:2007.07314, section 6.2, have margins of :math:`\pi_j^{-1/4}`, a ``max_margin`` of 6.8 on
+    CIFAR-100-LT; of LDAM's 0.5, the default, no number is published. Not the ALA loss of arXiv:2104.06094.
 
     Args:
         class_counts: (C,) samples of each class.
@@ -308,9 +307,8 @@ def effective_number(class_counts: ClassCounts, beta: float) -> Tensor:
 def class_balanced_weight(class_counts: ClassCounts, beta: float = 0.9999) -> Tensor:
     r"""Class-balanced weights :math:`w_j \propto 1 / E_j = (1 - \beta) / (1 - \beta^{n_j})`, normalised to sum C.
 
-    Use as ``weight`` of a loss or in ``Margins(weight=...)``. beta = 0 gives ones, beta near 1 the inverse
-    frequency. Cui et al., arXiv:1901.05555, whose code divides the sum of a batch by its samples; ``reduction="mean"``
-    divides by the sum of their weights, as PyTorch does.
+    Use as ``weight`` of a loss or in ``Margins(weight=...)``. beta = 0 gives ones, near 1 the inverse frequency. Cui et
+    al., arXiv:1901.05555, whose code divides by the samples of a batch, ``reduction="mean"`` by the sum of weights.
 
     Args:
         class_counts: (C,) samples of each class.
