@@ -35,7 +35,7 @@ def measured(request: pytest.FixtureRequest) -> tuple[Task, dict[str, Measured]]
     names = {item.callspec.params["row"] for item in items}
     rows = [ROWS[name] for name in ROWS if name in names and reason_to_leave_out(ROWS[name], option) is None]
     size = Size.quick() if option.quick else Size()
-    # A round is all rows' epochs of steps: on a GPU, where time is short and little else runs, three say enough.
+    # A round is a block of steps of every row: the GPU run has little time, and three rounds fit into it.
     rounds = min(option.min_rounds, 3) if option.device == "cuda" else option.min_rounds
     effort = Effort(0.1, min_rounds=3, max_rounds=3) if option.quick else Effort(option.seconds, rounds)
     task = make_task(size)

@@ -39,7 +39,9 @@ def test_second():
 """
 
 
-@pytest.mark.parametrize("parallel", [[], ["-n", "2", "--dist", "worksteal"]], ids=["alone", "side by side"])
+@pytest.mark.parametrize(
+    "parallel", [[], ["-n", "2", "--dist", "load", "--maxschedchunk", "4"]], ids=["alone", "side by side"]
+)
 def test_what_runs_out_of_time_on_a_gpu_still_writes_its_results(tmp_path, parallel):
     (tmp_path / "test_slow.py").write_text(STOPPED)
     junit = tmp_path / "junit.xml"

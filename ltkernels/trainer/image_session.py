@@ -104,9 +104,8 @@ def run_image_training(options: ImageTrainOptions, name: str, command: str, cons
     if options.tier is not None:
         recipe = dataclasses.replace(recipe, steps=TIERS[options.tier])
     with open_fabric(recipe.precision, options.accelerator, options.devices, options.threads) as fabric:
-        loaded = load_split(
-            recipe.dataset, recipe.long_tail, options.data_root
-        )  # before a folder that would be in the way
+        # Before the folder: one that is left without a run would be in the way of the next attempt.
+        loaded = load_split(recipe.dataset, recipe.long_tail, options.data_root)
         path = RunFolder.create(options.out, name).path if fabric.is_global_zero else None
         folder = RunFolder(fabric.broadcast(path))
         if fabric.is_global_zero:
