@@ -6,11 +6,18 @@ from pathlib import Path
 
 from matplotlib.axes import Axes
 
-from benchmarks.chart import BLACK, BLUE, GREEN, ORANGE, PURPLE, SKY, plt
+from benchmarks.chart import BLACK, BLUE, GREEN, ORANGE, PURPLE, SKY, VERMILION, plt
 from benchmarks.report_trainer import LABELS, PRECISIONS, SPEEDUPS, STEPS, Measurement
 from benchmarks.results import Results
 
-COLORS = {"plain": ORANGE, "ours": BLUE, "ours-compiled": PURPLE, "ours-bf16": SKY, "ours-captured": GREEN}
+COLORS = {
+    "plain": ORANGE,
+    "ours": BLUE,
+    "ours-compiled": PURPLE,
+    "ours-bf16": SKY,
+    "ours-bf16-compiled": VERMILION,
+    "ours-captured": GREEN,
+}
 
 
 def draw(results: Results, path: Path) -> None:

@@ -15,6 +15,7 @@ LABELS = {
     "ours": "ltkernels",
     "ours-compiled": "ltkernels, compiled",
     "ours-bf16": "ltkernels",
+    "ours-bf16-compiled": "ltkernels, compiled",
     "ours-captured": "ltkernels, captured step",
 }
 PRECISIONS = {
@@ -22,10 +23,11 @@ PRECISIONS = {
     "ours": "float32",
     "ours-compiled": "float32",
     "ours-bf16": "bf16-mixed",
+    "ours-bf16-compiled": "bf16-mixed",
     "ours-captured": "bf16-mixed",
 }
 # On a CPU: times faster at equal precision, without and with the option --compile, and in mixed precision.
-SPEEDUPS = {"ours": 1.3, "ours-compiled": 1.3, "ours-bf16": 2.5}
+SPEEDUPS = {"ours": 1.3, "ours-compiled": 1.3, "ours-bf16": 2.5, "ours-bf16-compiled": 2.5}
 # On a GPU: seconds of LDAM's 200 epochs.
 STEPS, SECONDS = 17_000, 30.0
 WORKERS = 4

@@ -83,6 +83,7 @@ ROWS: dict[str, Row] = {
         Row("ours"),
         Row("ours-compiled", compiled=True),
         Row("ours-bf16", "bf16-mixed"),
+        Row("ours-bf16-compiled", "bf16-mixed", compiled=True),
         Row("ours-captured", "bf16-mixed", captured=True),
     )
 }
@@ -221,6 +222,9 @@ class OurLoop:
         self.fit.objective.criterion.set_epoch(0)
         return self.fit.module(images.contiguous(memory_format=torch.channels_last), target)
 
+    def backward(self, loss: Tensor) -> None:
+        self.fit.fabric.backward(loss)  # which mixed precision asks for
+
     def augmented(self, images: np.ndarray) -> Tensor:
         """Any images (B, H, W, 3) uint8 as the loop would train on them."""
         batch = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous().to(self.fit.fabric.device)
@@ -255,7 +259,7 @@ def loss_and_gradients(loop: PlainLoop | OurLoop, rows: np.ndarray, images: Tens
     network.to(images.dtype).train()
     network.zero_grad()
     loss = loop.loss(images, target)
-    loss.backward()
+    loop.backward(loss)
     gradients = {name: parameter.grad.clone() for name, parameter in network.named_parameters()}
     network.zero_grad()
     network.float().load_state_dict(before)  # batch normalisation has seen a batch

@@ -222,6 +222,9 @@ class PlainLoop:
         """Of a batch of the first epoch."""
         return self.criterion(0)(self.network(images), target)
 
+    def backward(self, loss: Tensor) -> None:
+        loss.backward()
+
     def augmented(self, images: np.ndarray) -> Tensor:
         """Any images (B, H, W, 3) uint8 as the loop would train on them."""
         return torch.stack([self.transform(Image.fromarray(image)) for image in images])

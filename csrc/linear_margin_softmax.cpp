@@ -4,8 +4,8 @@
 //                            dx = G W;  dW += G^T x;  dbias += sum of rows of G.
 // That is 6 N D C operations. With the gradient for another upstream gradient than 1 the logits are computed twice.
 //
-// On CPUs 16-bit features and classifiers are multiplied in float32: most processors have no 16-bit products, and
-// torch's replacement for them is ten times slower. The logits are then not rounded to 16 bits.
+// On CPUs without such arithmetic 16-bit features and classifiers are multiplied in float32, as torch's replacement for
+// it is ten times slower. The logits are then not rounded to 16 bits.
 //
 // The cosine classifier is f = <x / |x|, W_j / |W_j|>: rows of x are divided by their length in the chunk, and 1 /
 // |W_j| goes into the scale of each class, so that no normalised W is stored. With c_j = the gradient to W_j as if
@@ -94,6 +94,16 @@ std::tuple<Tensor, Tensor, Tensor> call_bwd(
 
 at::ScalarType accumulation_type(const Tensor& x) { return x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat; }
 
+// What matrices of this dtype are multiplied in. Of the 16-bit types processors may have bfloat16, which oneDNN uses.
+at::ScalarType product_type(const Tensor& x) {
+  if (!x.is_cpu()) return x.scalar_type();
+#if defined(__x86_64__)
+  static const bool has_bfloat16 = at::hasMKLDNN() && __builtin_cpu_supports("avx512bf16");
+  if (x.scalar_type() == at::kBFloat16 && has_bfloat16 && at::globalContext().userEnabledMkldnn()) return at::kBFloat16;
+#endif
+  return accumulation_type(x);
+}
+
 OptionalTensor rows_of(const OptionalTensor& x, int64_t begin, int64_t size) {
   return x.has_value() ? OptionalTensor(x->narrow(0, begin, size)) : std::nullopt;
 }
@@ -111,7 +121,7 @@ class Chunks {
  public:
   Chunks(LTK_LINEAR_PARAMETERS)
       : input_(input),
-        type_(input.is_cpu() ? accumulation_type(input) : input.scalar_type()),
+        type_(product_type(input)),
         weight_type_(linear_weight.scalar_type()),
         weight_(linear_weight.to(type_)),
         cosine_(cosine),
@@ -262,8 +272,18 @@ class Chunks {
         if (first) at::mm_out(out, part, x);
         else out.addmm_(part, x);
       });
+    } else if (x.is_cpu()) {
+      // Of a single chunk nothing is added up: what torch rounds is the result.
+      const bool only = count() == 1 && !cosine_ && weight_type_ == x.scalar_type();
+      if (first) grad_weight_ = new_matrix(weight_.sizes(), only ? weight_type_ : type);
+      in_blocks(grad_weight_, kWeightBlock, [&](Tensor out, int64_t row, int64_t) {
+        Tensor part = g.narrow(1, row, out.size(0)).t();
+        if (only) at::mm_out(out, part, x);
+        else if (first) out.copy_(at::mm(part, x));
+        else out.add_(at::mm(part, x));
+      });
     } else {
-      const Tensor part = at::mm(g.t(), x, type);  // CUDA
+      const Tensor part = at::mm(g.t(), x, type);
       if (first) grad_weight_ = part;
       else grad_weight_ += part;
     }

@@ -71,6 +71,15 @@ def test_both_loops_give_loss_and_gradients_of_the_definition(loops, task):
     torch.testing.assert_close(found["ours"][0], found["plain"][0], rtol=1e-6, atol=0)
 
 
+def test_the_loop_in_bfloat16_is_checked_too(task, one_thread):
+    exact, result, row = trainer.exact_answer(task, SAMPLE), trainer.Measured(), ROWS["ours-bf16"]
+    with ExitStack() as stack:
+        loop = trainer.make_loop(row, task, "cpu", stack)
+        trainer.check(loop, row, task, SAMPLE, exact, result)
+        assert 1e-5 < result.loss_error <= row.tolerances[0] and 1e-3 < result.gradient_error <= row.tolerances[1]
+        assert loop.block(1, 1) > 0
+
+
 def test_both_loops_take_the_same_step(loops):
     plain, ours = loops["plain"], loops["ours"]
     images, target = plain.batch(SAMPLE)

@@ -142,6 +142,25 @@ def test_no_features_at_all() -> None:
         assert [g.shape for g in torch.autograd.grad(loss, (x, w))] == [(N, 0), (C, 0)]
 
 
+def native_bfloat16() -> bool:
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # not in torch 2.11
+    return torch.backends.mkldnn.is_available() and capabilities.get("avx512_bf16", False)
+
+
+@pytest.mark.parametrize("chunk", [16, "auto"])
+def test_bfloat16_is_multiplied_as_such_where_the_processor_can(chunk: int | str) -> None:
+    """The logits tell: rounded as those of F.linear, or in float32 without oneDNN or the processor's arithmetic."""
+    x, w, y = randn(64, 40, dtype=torch.bfloat16), randn(30, 40, seed=1, dtype=torch.bfloat16), torch.arange(64) % 30
+    rounded = LF.margin_cross_entropy(F.linear(x, w), y, reduction="none")
+    exact = LF.margin_cross_entropy(F.linear(x.float(), w.float()), y, reduction="none")
+    assert (rounded - exact).abs().max() > 1e-3
+    with torch.backends.mkldnn.flags(enabled=False):
+        got = LF.linear_margin_cross_entropy(x, w, y, reduction="none", chunk_size=chunk)
+    torch.testing.assert_close(got, exact)
+    got = LF.linear_margin_cross_entropy(x, w, y, reduction="none", chunk_size=chunk)
+    torch.testing.assert_close(got, rounded if native_bfloat16() else exact)
+
+
 # -------------------------------------------------------------------------------------------------------------- memory
 
 MEMORY = (
