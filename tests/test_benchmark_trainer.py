@@ -219,7 +219,7 @@ def test_rows_that_the_machine_cannot_run_are_left_out(monkeypatch):
     assert left_out["plain"] is left_out["ours"] is None
     assert "emulates" in left_out["ours-bf16"] and "GPU" in left_out["ours-captured"]
     on_gpu = {name: row.reason_to_leave_out("cuda") for name, row in ROWS.items()}
-    assert [name for name, reason in on_gpu.items() if reason] == ["ours-compiled"]
+    assert [name for name, reason in on_gpu.items() if reason] == ["ours-compiled", "ours-bf16-compiled"]
     assert left_out["ours-compiled"] is None and ROWS["ours-compiled"].reason_to_leave_out("cpu", quick=True)
 
 
@@ -237,6 +237,7 @@ def test_the_accuracy_goes_on_where_it_was_stopped(task, tmp_path, monkeypatch):
         return {"row": row, "seed": seed, "accuracy": values[row, seed], "seconds": 1.0}
 
     monkeypatch.setattr(trainer_accuracy, "train", train)
+    monkeypatch.setattr(trainer, "emulates_bfloat16", lambda device: True)
     out = tmp_path / "accuracy.json"
     with pytest.raises(KeyboardInterrupt):
         trainer_accuracy.compare(task, 2, 2, "cpu", out)
@@ -244,6 +245,13 @@ def test_the_accuracy_goes_on_where_it_was_stopped(task, tmp_path, monkeypatch):
     trained.clear()
     content = trainer_accuracy.compare(task, 2, 2, "cpu", out)
     assert trained == [("ours", 1)] and content["rows"]["plain"]["mean"] == 8.75
+    assert content["differences"].keys() == {"ours"}
+    monkeypatch.setattr(trainer, "emulates_bfloat16", lambda device: False)
+    values.update({("ours-bf16", 0): 7.0, ("ours-bf16", 1): 8.0})
+    trained.clear()
+    content = trainer_accuracy.compare(task, 2, 2, "cpu", out)
+    assert trained == [("ours-bf16", 0), ("ours-bf16", 1)]
+    assert content["differences"]["ours-bf16"]["mean"] == pytest.approx(7.5 - 8.75)
     assert {"cpu", "torch"} <= json.loads(out.read_text())["machine"].keys()
     with pytest.raises(trainer_accuracy.AccuracyError, match="another comparison, its epochs, steps"):
         trainer_accuracy.compare(task, 3, 2, "cpu", out)
@@ -323,13 +331,13 @@ def test_report_of_a_processor_without_bfloat16(tmp_path, capsys):
 
 
 def test_report_with_bfloat16_and_synthetic_images(tmp_path):
-    seconds = {"plain": 0.64, "ours": 0.5, "ours-compiled": 0.4, "ours-bf16": 0.25}
+    seconds = {"plain": 0.64, "ours": 0.5, "ours-compiled": 0.4, "ours-bf16": 0.25, "ours-bf16-compiled": 0.26}
     results = load([raw(tmp_path / "raw.json", seconds, "synthetic", cores=8)])["trainer"]
-    assert [target.verdict for target in report_trainer.targets(results)] == ["**missed**", "met", "met"]
+    assert [target.verdict for target in report_trainer.targets(results)] == ["**missed**", "met", "met", "**missed**"]
     text = report.markdown(results)
     assert "The images are synthetic" in text and "left out" not in text and "4 worker processes" in text
     assert "| ltkernels, float32: times faster than the plain loop | >= 1.3 | 1.28 | **missed** |" in text
-    assert "## Targets: 2 of 3 met" in text
+    assert "## Targets: 2 of 4 met" in text
 
 
 @pytest.mark.parametrize("step, verdict", [(1.7e-3, "met"), (1.8e-3, "**missed**")])
@@ -355,4 +363,4 @@ def test_report_shows_the_accuracy_where_it_was_measured(tmp_path, values, verdi
     path = raw(tmp_path / "raw.json", {"plain": 0.64, "ours": 0.5})
     text = report.markdown(load([path])["trainer"])
     assert "## Accuracy after 5 epochs" in text and verdict in text
-    assert "| plain PyTorch loop | 8.00, 8.50, 9.00 | 8.50 +- 0.50 |" in text
+    assert "| plain PyTorch loop | float32 | 8.00, 8.50, 9.00 | 8.50 +- 0.50 |  |" in text
