@@ -47,7 +47,8 @@ def _bars(axes: Axes, values: dict[str, float], form: str) -> None:
         axes.bar(i, value, 0.6, color=COLORS[name])
         # At the foot, where no target is.
         axes.annotate(form.format(value), (i, 0), xytext=(0, 5), textcoords="offset points", ha="center", color="white")
-    axes.set_xticks(range(len(values)), [f"{LABELS[name]}\n{PRECISIONS[name]}" for name in values])
+    labels = [LABELS[name].replace(", ", ",\n") + f"\n{PRECISIONS[name]}" for name in values]
+    axes.set_xticks(range(len(values)), labels)
     axes.set_xlim(-0.7, max(0.7, len(values) - 0.3))
     axes.margins(y=0.15)
 

@@ -162,13 +162,14 @@ def _accuracy(device: str) -> str:
     if not path.exists():
         return ""
     content = json.loads(path.read_text())
+    machines = sorted({run["machine"] for run in content["runs"]})
     rows = [
         [
             LABELS[name],
             PRECISIONS[name],
             ", ".join(f"{run['accuracy']:.2f}" for run in runs),
             _mean_and_deviation(content, name),
-            _difference(content["differences"].get(name)),
+            _difference(content.get("differences", {}).get(name)),
         ]
         for name in LABELS
         if (runs := [run for run in content["runs"] if run["row"] == name])
@@ -177,7 +178,8 @@ def _accuracy(device: str) -> str:
         f"Percent of the balanced test images after {content['epochs']} epochs of LDAM-DRW, its schedule shortened to "
         "them. Of each seed all loops have the same initial weights; the order of the images and their augmentation "
         "differ between the plain loop and ltkernels. Differences are from the plain loop, with 95 % t-intervals "
-        "(Welch): where one contains 0, the two are equal within noise."
+        "(Welch): one that contains 0 is called equal within noise, and excludes no more than what lies outside of it. "
+        f"Trained on {' and '.join(machines)}."
     )
     title = f"## Accuracy after {content['epochs']} epochs"
     columns = ["loop", "precision", "seed by seed", "mean", "difference"]

@@ -101,8 +101,8 @@ def compare(task: Task, epochs: int, seeds: int, device: str, out: Path) -> dict
         for row in rows:
             if any((run["row"], run["seed"]) == (row, seed) for run in runs):
                 continue
-            runs.append(train(row, seed, task, device))
-            _write(out, head | {"machine": _machine(device), "runs": runs} | summary(runs))
+            runs.append(train(row, seed, task, device) | {"machine": _machine(device)})
+            _write(out, head | {"runs": runs} | summary(runs))
             print(f"{row}, seed {seed}: {runs[-1]['accuracy']:.2f} % in {runs[-1]['seconds']:.0f} s", flush=True)
     return head | {"runs": runs} | summary(runs)
 
@@ -123,9 +123,10 @@ def _write(out: Path, content: dict[str, Any]) -> None:
     write_atomically(out, lambda file: file.write(text.encode()))
 
 
-def _machine(device: str) -> dict[str, Any]:
+def _machine(device: str) -> str:
     found = environment(torch.device(device))
-    return {name: found[name] for name in ("device", "cpu", "cores", "threads")} | {"torch": torch.__version__}
+    name = found["device"] if device == "cuda" else f"{found['cpu']} ({torch.backends.cpu.get_cpu_capability()})"
+    return f"{name}, torch {torch.__version__}"
 
 
 def main(arguments: list[str] | None = None) -> int:

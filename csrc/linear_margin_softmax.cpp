@@ -4,8 +4,9 @@
 //                            dx = G W;  dW += G^T x;  dbias += sum of rows of G.
 // That is 6 N D C operations. With the gradient for another upstream gradient than 1 the logits are computed twice.
 //
-// On CPUs without such arithmetic 16-bit features and classifiers are multiplied in float32, as torch's replacement for
-// it is ten times slower. The logits are then not rounded to 16 bits.
+// On CPUs 16-bit features and classifiers are multiplied in float32, as torch's products are ten times slower where the
+// processor has none, and the logits are not rounded; bfloat16 is multiplied as such where the processor does
+// (product_type).
 //
 // The cosine classifier is f = <x / |x|, W_j / |W_j|>: rows of x are divided by their length in the chunk, and 1 /
 // |W_j| goes into the scale of each class, so that no normalised W is stored. With c_j = the gradient to W_j as if
@@ -94,12 +95,16 @@ std::tuple<Tensor, Tensor, Tensor> call_bwd(
 
 at::ScalarType accumulation_type(const Tensor& x) { return x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat; }
 
-// What matrices of this dtype are multiplied in. Of the 16-bit types processors may have bfloat16, which oneDNN uses.
-at::ScalarType product_type(const Tensor& x) {
+// What chunks of so many rows are multiplied in. On CPUs oneDNN may have products of bfloat16, which are worth their
+// calls from some multiply-adds on.
+at::ScalarType product_type(const Tensor& x, int64_t chunk, int64_t classes) {
   if (!x.is_cpu()) return x.scalar_type();
 #if defined(__x86_64__)
   static const bool has_bfloat16 = at::hasMKLDNN() && __builtin_cpu_supports("avx512bf16");
-  if (x.scalar_type() == at::kBFloat16 && has_bfloat16 && at::globalContext().userEnabledMkldnn()) return at::kBFloat16;
+  constexpr double kLeast = 1 << 22;
+  const bool worth_it = static_cast<double>(chunk) * static_cast<double>(classes) * x.size(1) >= kLeast;
+  if (x.scalar_type() == at::kBFloat16 && has_bfloat16 && worth_it && at::globalContext().userEnabledMkldnn())
+    return at::kBFloat16;
 #endif
   return accumulation_type(x);
 }
@@ -121,14 +126,14 @@ class Chunks {
  public:
   Chunks(LTK_LINEAR_PARAMETERS)
       : input_(input),
-        type_(product_type(input)),
-        weight_type_(linear_weight.scalar_type()),
-        weight_(linear_weight.to(type_)),
         cosine_(cosine),
         rows_(input.size(0)),
         classes_(linear_weight.size(0)),
         chunk_(
             std::min(std::max<int64_t>(rows_, 1), chunk_rows > 0 ? chunk_rows : automatic_chunk_rows(input, classes_))),
+        type_(product_type(input, chunk_, classes_)),
+        weight_type_(linear_weight.scalar_type()),
+        weight_(linear_weight.to(type_)),
         options_{LTK_MARGIN_OPTION_ARGUMENTS},
         acc_(input.options().dtype(accumulation_type(input))) {
     if (linear_bias.has_value()) {
@@ -229,10 +234,10 @@ class Chunks {
 
  private:
   Tensor input_;
-  at::ScalarType type_, weight_type_, bias_type_ = at::kFloat;  // of the products, and of what was given
-  Tensor weight_, bias_;                                        // in type_
   bool cosine_;
   int64_t rows_, classes_, chunk_;
+  at::ScalarType type_, weight_type_, bias_type_ = at::kFloat;  // of the products, and of what was given
+  Tensor weight_, bias_;                                        // in type_
   MarginOptions options_;
   at::TensorOptions acc_;
   Tensor input_length_, weight_length_;  // (N, 1) and (C, 1)
@@ -261,7 +266,8 @@ class Chunks {
     return at::empty(sizes, input_.options().dtype(type));
   }
 
-  // dW in float32 (float64): a sum of many chunks in 16 bits would lose the small ones.
+  // dW in float32 (float64): a sum of many chunks in 16 bits would lose the small ones. CPUs have no product of 16-bit
+  // matrices in float32, so that there each chunk's is rounded before it is added.
   void add_weight_gradient(const Tensor& x, const Tensor& g) {
     const at::ScalarType type = accumulation_type(x);
     const bool first = !grad_weight_.defined();
@@ -273,7 +279,7 @@ class Chunks {
         else out.addmm_(part, x);
       });
     } else if (x.is_cpu()) {
-      // Of a single chunk nothing is added up: what torch rounds is the result.
+      // Of a single chunk nothing is added up.
       const bool only = count() == 1 && !cosine_ && weight_type_ == x.scalar_type();
       if (first) grad_weight_ = new_matrix(weight_.sizes(), only ? weight_type_ : type);
       in_blocks(grad_weight_, kWeightBlock, [&](Tensor out, int64_t row, int64_t) {
@@ -292,10 +298,13 @@ class Chunks {
   // grad, with respect to rows of constant length, made that with respect to `rows` themselves, which have been divided
   // by `length` already unless row_length is given.
   void project(Tensor& grad, const Tensor& rows, const Tensor& row_length, const Tensor& length) const {
-    // Dot products of rows, without a matrix of products.
+    // Dot products of rows, without a matrix of products; in 16 bits on a CPU that takes several times as long as with
+    // one.
     const at::ScalarType type = accumulation_type(grad);
     const Tensor wide = rows.to(grad.scalar_type());
-    Tensor along = at::bmm(grad.unsqueeze(1), wide.unsqueeze(2)).squeeze(2).to(type);
+    const bool direct = grad.is_cpu() && grad.scalar_type() != type;
+    Tensor along = direct ? (grad.to(type) * wide).sum(1, /*keepdim=*/true)
+                          : at::bmm(grad.unsqueeze(1), wide.unsqueeze(2)).squeeze(2).to(type);
     if (row_length.defined()) along = along / row_length.square();
     grad.addcmul_(wide, along.to(grad.scalar_type()), -1);
     if (!row_length.defined()) grad.div_(length);

@@ -276,7 +276,7 @@ def linear_margin_cross_entropy(
     beyond inputs and gradients is about that of one chunk; ``chunk_size="auto"`` makes chunks of some 8 million logits
     on CPUs and 67 million on others, so that smaller problems are one chunk. The gradient to ``linear_weight`` is added
     up in float32: for 16-bit inputs that takes C x D numbers more, and as many for a copy of the weights on CPUs that
-    do not multiply in that dtype.
+    do not multiply in that dtype. Those that do round the part of each chunk before it is added.
 
     With ``cosine`` the logits are :math:`\langle x_i / |x_i|, W_j / |W_j| \rangle`, the normalised classifier of LDAM
     (Cao et al., arXiv:1906.07413) and CosFace (Wang et al., arXiv:1801.09414), with exact gradients to the vectors
@@ -285,12 +285,13 @@ def linear_margin_cross_entropy(
 
     Args:
         input: Features, ``(D,)``, ``(N, D)`` or ``(N, d1, ..., D)``; float16, bfloat16, float32 or float64. On GPUs,
-            and for bfloat16 on CPUs with AVX512-BF16, the logits are rounded to this dtype, as by ``F.linear``; on
-            other CPUs those of 16-bit features are float32. Under autocast, features and classifier are cast first.
+            and for bfloat16 on CPUs with AVX512-BF16 if a chunk has some four million multiply-adds, the logits are
+            rounded to this dtype, as by ``F.linear``; otherwise those of 16-bit features are float32 on CPUs. Under
+            autocast, features and classifier are cast first.
         linear_weight: ``(C, D)`` classifier, of the dtype of ``input``; frozen if it does not require grad.
         target: Class indices ``()``, ``(N,)`` or ``(N, d1, ...)``, or probabilities with the classes in the last
             dimension.
-        linear_bias: ``(C,)``; not with ``cosine``.
+        linear_bias: ``(C,)``; not with ``cosine``. Rounded as the logits are: class counts belong in ``logit_bias``.
         cosine: Normalise features and classifier.
         chunk_size: Rows of a chunk, or ``"auto"``.
         mask: Boolean ``(C,)`` or ``(N, d1, ..., C)``; the classes are in the last dimension.

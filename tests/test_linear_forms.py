@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -143,14 +144,15 @@ def test_no_features_at_all() -> None:
 
 
 def native_bfloat16() -> bool:
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # not in torch 2.11
-    return torch.backends.mkldnn.is_available() and capabilities.get("avx512_bf16", False)
+    cpuinfo = Path("/proc/cpuinfo")
+    return torch.backends.mkldnn.is_available() and cpuinfo.exists() and "avx512_bf16" in cpuinfo.read_text()
 
 
-@pytest.mark.parametrize("chunk", [16, "auto"])
+@pytest.mark.parametrize("chunk", [300, "auto", 8], ids=str)
 def test_bfloat16_is_multiplied_as_such_where_the_processor_can(chunk: int | str) -> None:
-    """The logits tell: rounded as those of F.linear, or in float32 without oneDNN or the processor's arithmetic."""
-    x, w, y = randn(64, 40, dtype=torch.bfloat16), randn(30, 40, seed=1, dtype=torch.bfloat16), torch.arange(64) % 30
+    """The logits tell: rounded as F.linear does, or in float32 without oneDNN, its products, or enough to do."""
+    x, w, y = randn(700, 256, dtype=torch.bfloat16), randn(64, 256, seed=1), torch.arange(700) % 64
+    w = (w / 8).bfloat16()
     rounded = LF.margin_cross_entropy(F.linear(x, w), y, reduction="none")
     exact = LF.margin_cross_entropy(F.linear(x.float(), w.float()), y, reduction="none")
     assert (rounded - exact).abs().max() > 1e-3
@@ -158,7 +160,33 @@ def test_bfloat16_is_multiplied_as_such_where_the_processor_can(chunk: int | str
         got = LF.linear_margin_cross_entropy(x, w, y, reduction="none", chunk_size=chunk)
     torch.testing.assert_close(got, exact)
     got = LF.linear_margin_cross_entropy(x, w, y, reduction="none", chunk_size=chunk)
-    torch.testing.assert_close(got, rounded if native_bfloat16() else exact)
+    torch.testing.assert_close(got, rounded if native_bfloat16() and chunk != 8 else exact)
+
+
+@pytest.mark.parametrize("cosine", [False, True], ids=["linear", "cosine"])
+@pytest.mark.parametrize("chunk", [300, 700])
+def test_bfloat16_gradients_of_larger_products(chunk: int, cosine: bool) -> None:
+    """No further from the definition than those of torch in bfloat16."""
+    x, w, y = (
+        randn(700, 256, dtype=torch.bfloat16),
+        randn(64, 256, seed=1, dtype=torch.bfloat16),
+        torch.arange(700) % 64,
+    )
+
+    def eager(x: Tensor, w: Tensor) -> Tensor:
+        if cosine:
+            return F.cross_entropy(8 * F.linear(F.normalize(x), F.normalize(w)), y)
+        return F.cross_entropy(F.linear(x, w) / 8, y)
+
+    def ours(x: Tensor, w: Tensor) -> Tensor:
+        return LF.linear_margin_cross_entropy(x, w, y, cosine=cosine, scale=8 if cosine else 1 / 8, chunk_size=chunk)
+
+    def gradients(loss: Callable[..., Tensor], dtype: torch.dtype = torch.bfloat16) -> list[Tensor]:
+        leaves = [t.to(dtype).requires_grad_() for t in (x, w)]
+        return [grad.double() for grad in torch.autograd.grad(loss(*leaves), leaves)]
+
+    for got, plain, exact in zip(gradients(ours), gradients(eager), gradients(eager, torch.float64), strict=True):
+        assert (got - exact).norm() <= 1.1 * (plain - exact).norm() + 1e-3 * exact.norm()
 
 
 # -------------------------------------------------------------------------------------------------------------- memory
