@@ -325,6 +325,11 @@ def _pictures(section: Section, slug: str, inputs: Inputs, pictures: dict[str, b
         lines += [f"![Spread and relative spread of each class over its training images]({name})", ""]
         if len(section.counts) <= FEW_CLASSES and max(map(len, measures.values())) > 1:
             lines += ["Means over runs; bars are standard errors.", ""]
+        elif len(section.counts) > FEW_CLASSES:
+            text = (
+                "Faint symbols are classes, means over runs; lines join the means of a tenth of the classes at a time."
+            )
+            lines += [text, ""]
     name = f"{slug}-projection.png"
     drawn = _projection(section, inputs.runs)
     if drawn is not None:
