@@ -169,7 +169,7 @@ def _accuracy(device: str) -> str:
             PRECISIONS[name],
             ", ".join(f"{run['accuracy']:.2f}" for run in runs),
             _mean_and_deviation(content, name),
-            _difference(content.get("differences", {}).get(name)),
+            _difference(content["differences"].get(name)),
         ]
         for name in LABELS
         if (runs := [run for run in content["runs"] if run["row"] == name])

@@ -266,8 +266,8 @@ class Chunks {
     return at::empty(sizes, input_.options().dtype(type));
   }
 
-  // dW in float32 (float64): a sum of many chunks in 16 bits would lose the small ones. CPUs have no product of 16-bit
-  // matrices in float32, so that there each chunk's is rounded before it is added.
+  // dW in float32 (float64): a sum of many chunks in 16 bits would lose the small ones. On CPUs torch has no
+  // product of 16-bit matrices in float32: there each chunk's is rounded before it is added.
   void add_weight_gradient(const Tensor& x, const Tensor& g) {
     const at::ScalarType type = accumulation_type(x);
     const bool first = !grad_weight_.defined();
@@ -298,8 +298,8 @@ class Chunks {
   // grad, with respect to rows of constant length, made that with respect to `rows` themselves, which have been divided
   // by `length` already unless row_length is given.
   void project(Tensor& grad, const Tensor& rows, const Tensor& row_length, const Tensor& length) const {
-    // Dot products of rows, without a matrix of products; in 16 bits on a CPU that takes several times as long as with
-    // one.
+    // Dot products of rows, without a matrix of products but for 16 bits on a CPU, where bmm takes several times as
+    // long.
     const at::ScalarType type = accumulation_type(grad);
     const Tensor wide = rows.to(grad.scalar_type());
     const bool direct = grad.is_cpu() && grad.scalar_type() != type;

@@ -166,7 +166,7 @@ def test_bfloat16_is_multiplied_as_such_where_the_processor_can(chunk: int | str
 @pytest.mark.parametrize("cosine", [False, True], ids=["linear", "cosine"])
 @pytest.mark.parametrize("chunk", [300, 700])
 def test_bfloat16_gradients_of_larger_products(chunk: int, cosine: bool) -> None:
-    """No further from the definition than those of torch in bfloat16."""
+    """No further from the definition than those of torch in bfloat16, but for what roundings do by chance."""
     x, w, y = (
         randn(700, 256, dtype=torch.bfloat16),
         randn(64, 256, seed=1, dtype=torch.bfloat16),
