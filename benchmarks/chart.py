@@ -13,6 +13,7 @@ from matplotlib.axes import Axes  # noqa: E402
 
 from benchmarks import targets  # noqa: E402
 from benchmarks.results import Results  # noqa: E402
+from benchmarks.tables import machine_name  # noqa: E402
 from benchmarks.targets import CASE  # noqa: E402
 
 # Okabe and Ito's palette, told apart by people who see red and green alike.
@@ -54,7 +55,7 @@ def draw(results: Results, path: Path) -> None:
     }[results.family]
     with plt.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
         figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.4), layout="constrained", width_ratios=widths)
-        figure.suptitle(f"{title} - {results.machine['name']}")
+        figure.suptitle(f"{title} - {machine_name(results)}")
         left_axes(left, results)
         right_axes(right, results)
         figure.savefig(path, dpi=110)
@@ -210,7 +211,7 @@ def draw_scaling(results: Results, path: Path) -> None:
     lines["bfloat16", "ours"] = ("ltkernels, bfloat16", BLUE)
     with plt.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
         figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.4), layout="constrained", sharex=True)
-        figure.suptitle(f"contrastive_loss, forward + backward, D = {width} - {results.machine['name']}")
+        figure.suptitle(f"contrastive_loss, forward + backward, D = {width} - {machine_name(results)}")
         for axes, what, unit in ((left, "median_s", 1e3), (right, "peak_memory_bytes", 1e-6)):
             _lines(axes, results, width, lines, what, unit)
         left.set(title="Time", ylabel="ms")

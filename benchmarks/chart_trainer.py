@@ -9,6 +9,7 @@ from matplotlib.axes import Axes
 from benchmarks.chart import BLACK, BLUE, GREEN, ORANGE, PURPLE, SKY, VERMILION, plt
 from benchmarks.report_trainer import LABELS, PRECISIONS, SPEEDUPS, STEPS, Measurement
 from benchmarks.results import Results
+from benchmarks.tables import machine_name
 
 COLORS = {
     "plain": ORANGE,
@@ -28,7 +29,7 @@ def draw(results: Results, path: Path) -> None:
     gains = {name: gain for name in names if name != "plain" and (gain := measurement.over_plain(name))}
     with plt.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
         figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.4), layout="constrained", width_ratios=(8, 5))
-        figure.suptitle(f"Training step, ResNet-32, batch {measurement.batch} - {results.machine['name']}")
+        figure.suptitle(f"Training step, ResNet-32, batch {measurement.batch} - {machine_name(results)}")
         _bars(left, rates, "{:,.0f}")
         left.set(title="Images a second", ylabel="images/s")
         _bars(right, gains, "{:.2f}")

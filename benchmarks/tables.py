@@ -56,10 +56,15 @@ def megabytes(count: float | None) -> str:
     return "" if count is None else f"{count / 1e6:,.1f}"
 
 
+def machine_name(results: Results) -> str:
+    """The GPU, or the processor, its cores and the instruction set that torch uses: one name stands for many."""
+    m = results.machine
+    return m["name"] if m["device"] == "cuda" else f"{m['name']}, {m['cores']} cores ({m['cpu_capability']})"
+
+
 def head(results: Results, title: str, what: str) -> str:
     """The title, where and when, and how it was measured; ``what`` comes after that."""
     m = results.machine
-    where = m["name"] if m["device"] == "cuda" else f"{m['name']}, {m['cores']} cores ({m['cpu_capability']})"
     optional = {name: m.get(key) for name, key in PACKAGES.items()}
     versions = [f"torch {m['torch']}", *(f"{name} {v}" for name, v in optional.items() if v), f"Python {m['python']}"]
     revision = f"commit {m.get('revision') or 'unknown'}, "
@@ -70,7 +75,7 @@ def head(results: Results, title: str, what: str) -> str:
     )
     smoke = "\n\n**A smoke run: the numbers mean nothing.**" if m.get("quick") else ""
     return (
-        f"# {title} on {where}\n\n"
+        f"# {title} on {machine_name(results)}\n\n"
         f"{m['date']}, {revision}{', '.join(versions)}, {m['threads']} CPU threads, {m['system']}.{pages}{smoke}\n\n"
         f"Forward and backward, at least {rounds} rounds: medians of the times, and medians of the ratios within a "
         "round, so that what the machine does meanwhile hits both sides of a ratio alike. All variants of a shape and "

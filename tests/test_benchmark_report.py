@@ -268,8 +268,11 @@ def test_targets_of_the_other_families(raw_of_all):
     }
 
 
-def test_each_family_has_a_report_of_its_own(raw_of_all, tmp_path, capsys):
+def test_each_family_has_a_report_of_its_own(raw_of_all, tmp_path, monkeypatch):
+    titles: list[str] = []
+    monkeypatch.setattr("matplotlib.figure.Figure.suptitle", lambda figure, title: titles.append(title))
     report.main([str(raw_of_all), "--out", str(tmp_path)])
+    assert len(titles) == 5 and all(title.endswith(" - Processor, 2 cores (AVX2)") for title in titles)
     text = (tmp_path / "auxiliary-cpu.md").read_text()
     assert "| 4096 x 6012 | 1.1 ms ~ | 1 ms ~ | 1.10x | 4.55x | 3.64x | 8.18x |" in text
     assert "A map of 6,851 pairs, generated." in text and "| ltkernels | 0.127 |" in text and "| 145 |" in text

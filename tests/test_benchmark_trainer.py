@@ -313,7 +313,9 @@ def no_accuracy(tmp_path, monkeypatch):
     monkeypatch.setattr(report_trainer, "ACCURACY", tmp_path)
 
 
-def test_report_of_a_processor_without_bfloat16(tmp_path, capsys):
+def test_report_of_a_processor_without_bfloat16(tmp_path, capsys, monkeypatch):
+    titles: list[str] = []
+    monkeypatch.setattr("matplotlib.figure.Figure.suptitle", lambda figure, title: titles.append(title))
     path = raw(tmp_path / "trainer-cpu-raw.json", {"plain": 0.64, "ours": 0.512, "ours-compiled": 0.5})
     report.main([str(path), "--out", str(tmp_path)])
     text = (tmp_path / "trainer-cpu.md").read_text()
@@ -324,6 +326,7 @@ def test_report_of_a_processor_without_bfloat16(tmp_path, capsys):
     assert "| ltkernels, compiled, float32: times faster than the plain loop | >= 1.3 | 1.28 | **missed** |" in text
     assert "not measured" in text and "synthetic" not in text and "Accuracy" not in text
     assert (tmp_path / "trainer-cpu.png").read_bytes().startswith(b"\x89PNG")
+    assert len(titles) == 1 and " cores (" in titles[0]
     assert "missed" in capsys.readouterr().out
     again = tmp_path / "again"
     report.main([str(tmp_path / "trainer-cpu.json"), "--out", str(again)])
