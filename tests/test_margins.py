@@ -20,6 +20,7 @@ import ltkernels.functional as LF
 from ltkernels import margins as M
 
 COUNTS = [500, 20, 1280, 5, 80]
+ON_META = torch.ones((), device="meta")
 FROM_COUNTS = {
     "logit_adjustment": M.logit_adjustment,
     "balanced_softmax": M.balanced_softmax,
@@ -62,6 +63,7 @@ def tensors_of(result: M.Margins | Tensor) -> list[Tensor]:
         ),
         (lambda: M.cosface(0.35, 64, num_classes=3).target_margin, [0.35] * 3),
         (lambda: M.tail_classes(COUNTS, 0.03), [False, True, False, True, False]),
+        (lambda: M.tail_classes([1, 3], 0.25), [False, False]),
     ],
 )
 def test_values(function: Callable[[], Tensor], expected: list) -> None:
@@ -76,6 +78,7 @@ def test_defaults_and_scales() -> None:
     assert M.ldam(COUNTS, scale=12).scale == 12.0
     assert M.cosface(0.35, 64, num_classes=3).scale == 64.0
     assert M.adaptive_logit_adjustment(COUNTS).scale == 1.0
+    assert M.adaptive_logit_adjustment(COUNTS).target_margin.max() == 0.5
     assert torch.equal(M.pairwise_logit_adjustment(COUNTS).pairwise_margin.diagonal(), torch.zeros(5))
 
 
@@ -390,6 +393,7 @@ def test_bad_integers(name: str, function: Callable, minimum: int) -> None:
         ({"logit_scale": torch.tensor(nan)}, ValueError, "logit_scale: expected finite values, got nan"),
         ({"logit_bias": torch.tensor([0.0, -inf])}, ValueError, "logit_bias: expected finite values, got -inf"),
         ({"weight": torch.tensor([1.0, -2.0])}, ValueError, "weight: expected no negative weight, got -2"),
+        ({"scale": ON_META, "weight": torch.ones(2)}, ValueError, "weight, scale: expected one device, got cpu, meta"),
         ({"scale": torch.ones(3)}, ValueError, "scale: expected shape () with"),
         ({"scale": torch.tensor(0.0)}, ValueError, "scale: expected a positive number, got 0"),
         ({"scale": torch.tensor(nan)}, ValueError, "scale: expected finite values, got nan"),
@@ -409,8 +413,6 @@ def test_devices() -> None:
         assert {x.device.type for x in tensors_of(function(counts))} <= {"cuda", "cpu"}
     assert M.ldam(counts).target_margin.device == counts.device
     assert M.ldam(COUNTS).to("cuda").target_margin.device == counts.device
-    with pytest.raises(ValueError, match="^logit_bias, weight: expected one device, got cuda:0, cpu"):
-        M.Margins(logit_bias=torch.ones(2, device="cuda"), weight=torch.ones(2))
 
 
 INDEX, TAIL = torch.tensor([0]), torch.tensor([True])
@@ -437,6 +439,8 @@ INDEX, TAIL = torch.tensor([0]), torch.tensor([True])
         (M.equalization_mask, (INDEX + 0j, TAIL, 0.5), TypeError, "target: expected class indices of an integer"),
         (M.equalization_mask, (INDEX, INDEX, 0.5), TypeError, "tail: expected a bool Tensor, got torch.int64"),
         (M.equalization_mask, (INDEX, TAIL[None], 0.5), ValueError, "tail: expected shape (C,), got (1, 1)"),
+        (M.equalization_mask, (INDEX, TAIL.to("meta"), 0.5), ValueError, "tail: expected a tensor on cpu like target"),
+        (M.logit_adjustment, (COUNTS, 1e39), ValueError, "class_counts: expected counts and settings whose results"),
         (M.equalization_mask, (INDEX, TAIL, 1.5), ValueError, "gamma: expected a finite number in [0, 1], got 1.5"),
         (M.equalization_mask, (INDEX, TAIL, "1"), TypeError, "gamma: expected a number, got str"),
     ],

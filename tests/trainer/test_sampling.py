@@ -34,6 +34,7 @@ def test_instance_of_another_size_repeats_or_leaves_out():
     assert times.sum() == 2 * total + 5 and set(times.tolist()) == {2, 3}
     longer = order("instance", size=2 * total)
     assert not torch.equal(longer[:total], longer[total:])
+    assert order("instance", of=torch.zeros(1, dtype=torch.int64), size=1).tolist() == [0]
 
 
 def shares_of(kind, epoch):
