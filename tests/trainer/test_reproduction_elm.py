@@ -43,6 +43,7 @@ def elm_results(tmp_path, spread=None, accuracy=None, loss=None, seeds=(0, 1, 2)
         ({"spread": (0.95, 0.96, 0.94, 0.95, 0.95, 0.95)}, 0, "not worse"),
         ({"spread": (0.5, 1.5, 0.5, 1.5, 0.5, 0.5)}, 0, "inconclusive"),
         ({"spread": (1.2, 1.21, 1.19, 1.2, 1.2, 1.2)}, 0, "refuted"),
+        ({"spread": (1.01, 1.02, 1.01, 1.02, 1.01, 1.02)}, 0, "refuted"),
         ({"accuracy": DIFFERENCES["supported"][0]}, 1, "supported"),
         ({"accuracy": DIFFERENCES["not worse"][0]}, 1, "not worse"),
         ({"accuracy": DIFFERENCES["inconclusive"][0]}, 1, "inconclusive"),
@@ -50,10 +51,19 @@ def elm_results(tmp_path, spread=None, accuracy=None, loss=None, seeds=(0, 1, 2)
         ({"loss": DIFFERENCES["worse"][0]}, 2, "supported"),
         ({"loss": DIFFERENCES["not worse"][0]}, 2, "inconclusive"),
         ({"loss": DIFFERENCES["supported"][0]}, 2, "refuted"),
+        ({"loss": (0.01, 0.02, 0.01, 0.02, 0.01, 0.02)}, 2, "refuted"),
+        ({"loss": (-0.01, -0.02, -0.01, -0.02, -0.01, -0.02)}, 2, "supported"),
     ],
 )
 def test_claims_of_elm(tmp_path, quick, change, claim, verdict):
     assert elm_results(tmp_path, **change)[claim] == f"**{verdict}**"
+
+
+@pytest.mark.parametrize("seeds", [(0, 1, 2), (0, 1)], ids=["decided", "too few"])
+def test_differences_stand_beside_the_claims(tmp_path, quick, seeds):
+    elm_results(tmp_path, accuracy=(0.25,) * 6, loss=(-0.0123,) * 6, seeds=seeds)
+    results = [row["result"] for row in rows(report(tmp_path)[1], "claim")]
+    assert results == ["mean ratio 1.000", "mean difference +0.25", "mean difference -0.012"]
 
 
 def test_claims_of_elm_need_six_pairs(tmp_path, quick):
