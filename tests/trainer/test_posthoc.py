@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import json
+import math
 
 import pytest
 import torch
@@ -125,6 +126,24 @@ def test_crt_starts_anew_and_depends_on_its_seed_only(frozen):
     assert not torch.equal(crt(frozen, dataclasses.replace(OPTIONS, seed=1)), first)
 
 
+def test_crt_is_trained_by_sgd_along_half_a_cosine(frozen):
+    """One image, which every draw gives, so that the steps can be taken by hand in float64."""
+    image = torch.tensor([0.5, -1.0])
+    one = dataclasses.replace(frozen, features=image.view(1, 1, 2), labels=torch.tensor([0]))
+    found = crt(one, dataclasses.replace(OPTIONS, steps=4, batch_size=3, lr=0.3, weight_decay=0.1))
+    torch.manual_seed(OPTIONS.seed)
+    weights = [parameter.detach().double() for parameter in torch.nn.Linear(2, 3).parameters()]
+    velocity = [torch.zeros_like(weight) for weight in weights]
+    for step in range(4):
+        logit_gradient = (weights[0] @ image.double() + weights[1]).softmax(0) - torch.tensor([1.0, 0.0, 0.0])
+        gradients = [logit_gradient[:, None] * image, logit_gradient]
+        velocity = [0.9 * v + g + 0.1 * w for v, g, w in zip(velocity, gradients, weights, strict=True)]
+        lr = 0.3 * (1 + math.cos(math.pi * step / 4)) / 2
+        weights = [w - lr * v for w, v in zip(weights, velocity, strict=True)]
+    expected = frozen.test_features.double() @ weights[0].T + weights[1]
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+
+
 def test_lws_scales_the_logits_of_each_class(frozen):
     classifier = copy.deepcopy(frozen.classifier.state_dict())
     logits, plain = lws(frozen, OPTIONS).detach(), frozen.classifier(frozen.test_features).detach()
@@ -181,6 +200,18 @@ def test_scores_are_saved_beside_the_run(method, tmp_path, monkeypatch, capsys):
         if name == "logit-adjustment":  # tau 0 changes nothing
             assert saved["scores"]["overall"] == pytest.approx(metrics["last"]["overall"])
             assert saved["scores"]["ece"] == pytest.approx(metrics["last"]["ece"], rel=1e-3)
+
+
+@pytest.mark.parametrize("images", ["train_fingerprint", "test_fingerprint"])
+def test_other_images_than_those_of_the_run_are_refused(images, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", "tiny-ce", "--out", "run", "--no-tensorboard", "--accelerator", "cpu"]) == 0
+    file = tmp_path / "run" / "metrics.json"
+    metrics = json.loads(file.read_text())
+    file.write_text(json.dumps(metrics | {images: "0" * len(metrics[images])}))
+    assert main(["posthoc", "run", "--accelerator", "cpu"]) == 2
+    assert "the run in run" in capsys.readouterr().err
+    assert not list((tmp_path / "run").glob("posthoc-*"))
 
 
 def test_an_unfinished_run_has_no_weights(tmp_path, monkeypatch, capsys):
