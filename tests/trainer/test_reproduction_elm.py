@@ -71,6 +71,22 @@ def test_claims_of_elm_need_six_pairs(tmp_path, quick):
     assert verdicts == ["**not decided** (too few pairs: 4 of 6)"] * 3
 
 
+def test_a_run_without_its_partner_is_left_out(tmp_path, quick):
+    elm_results(tmp_path, spread=(0.5, 0.5, 0.5, 0.5, 0.5, 0.9), accuracy=(1.0,) * 5 + (3.0,))
+    file = tmp_path / "results" / "elm-cifar100-short.json"
+    content = json.loads(file.read_text())
+    last = next(
+        k
+        for k, run in content["runs"].items()
+        if run["arm"].startswith("ELM") and (run["seed"], run["subset_seed"]) == (2, 1)
+    )
+    del content["runs"][last]
+    file.write_text(json.dumps(content))
+    decisions = rows(report(tmp_path)[1], "claim")
+    assert [row["verdict"] for row in decisions] == ["**not decided** (too few pairs: 5 of 6)"] * 3
+    assert [row["result"] for row in decisions][:2] == ["mean ratio 0.500", "mean difference +1.00"]
+
+
 def test_ratio_is_the_mean_of_the_ratios(tmp_path, quick):
     ratios = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
     elm_results(tmp_path, spread=ratios)
