@@ -5,6 +5,7 @@ A new method is one row in ``METHODS``: the arguments the package makes from cla
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -225,6 +226,14 @@ def test_class_permutation(name: str) -> None:
     permuted_value, permuted_gradient = loss_and_gradient(loss(counts[permutation], renamed), logits[:, permutation])
     torch.testing.assert_close(permuted_value, value, rtol=1e-6, atol=0)  # sums over classes round in another order
     torch.testing.assert_close(permuted_gradient, gradient[:, permutation], rtol=1e-5, atol=1e-9)
+
+
+def test_every_function_of_class_counts_is_in_a_row() -> None:
+    """A margin loss that nobody compares with its authors' formula is not one of this library."""
+    rows = Path(__file__).read_text()
+    helpers = {"effective_number", "post_hoc_logit_adjustment"}  # no arguments of a loss: for tests/test_margins.py
+    functions = {name for name in M.__all__ if name.islower()} - helpers
+    assert not [name for name in sorted(functions) if re.search(rf"\bM\.{name}\b", rows) is None]
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -247,7 +247,9 @@ def test_copies_of_an_image_are_kept_together_and_none_is_dropped():
     data = dataset_of()
     images = data.train.images.copy()
     images[1::4] = images[::4]  # every other pair is twice the same image, often in two classes
-    doubled = ImageDataset("doubled", LabelledImages("", images, data.train.labels, 4, 255), data.test, (), ())
+    doubled = ImageDataset(
+        "doubled", LabelledImages("", images, data.train.labels, 4, 255), data.test, data.mean, data.std
+    )
     split = long_tailed_split(doubled, LongTail(None, validation_per_class=10))
     assert len(split.train) == 120 and len(split.evaluate) == 40
     assert not set(split.train.hashes) & set(split.evaluate.hashes)
@@ -263,11 +265,47 @@ def test_a_set_with_a_tail_of_its_own_is_taken_whole():
 def test_a_set_with_a_tail_of_its_own_has_the_same_order_whatever_that_of_its_files():
     data = dataset_of((5, 40, 1, 9))
     backwards = data.train.subset(np.arange(len(data.train))[::-1])
-    turned = ImageDataset("turned", backwards, data.test, (), ())
+    turned = ImageDataset("turned", backwards, data.test, data.mean, data.std)
     first, second = (long_tailed_split(found, LongTail(imbalance_factor=None)).train for found in (data, turned))
     assert (first.images == second.images).all() and (first.labels == second.labels).all()
     archive = long_tailed_split(turned, LongTail(imbalance_factor=None, selection="archive")).train
     assert (archive.images == backwards.images).all()  # which is asked for by its name
+
+
+PIXELS, LABELS = np.zeros((3, 8, 8), dtype=np.uint8), np.array([0, 1, 1])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"images": PIXELS.astype(np.float32)}, r"here: expected images .* uint8, got \(3, 8, 8\) float32"),
+        ({"images": PIXELS[0]}, r"images .* got \(8, 8\) uint8"),
+        ({"images": PIXELS[..., None]}, r"images .* got \(3, 8, 8, 1\)"),
+        ({"labels": LABELS.astype(np.float64)}, r"labels \(3,\) int64, got \(3,\) float64"),
+        ({"labels": LABELS[:2]}, r"labels \(3,\) int64, got \(2,\)"),
+        ({"labels": LABELS + 1}, r"labels in 0\.\.1, got 1\.\.2"),
+        ({"labels": LABELS - 1}, r"labels in 0\.\.1, got -1\.\.0"),
+        ({"class_names": ("cat",)}, "2 class names or none, got 1"),
+    ],
+)
+def test_what_a_reader_may_get_wrong_is_named(change, message):
+    """A reader of one's own is a few lines, and what it returns is the first thing to be wrong."""
+    with pytest.raises(TrainerError, match=message):
+        LabelledImages(
+            **({"source": "here", "images": PIXELS, "labels": LABELS, "num_classes": 2, "max_value": 255} | change)
+        )
+
+
+def test_parts_of_a_data_set_that_do_not_fit_are_named():
+    grey = LabelledImages("", PIXELS, LABELS, 2, 255)
+    larger = LabelledImages("", np.zeros((3, 9, 8), dtype=np.uint8), LABELS, 2, 255)
+    colour = LabelledImages("", np.zeros((3, 8, 8, 3), dtype=np.uint8), LABELS, 2, 255)
+    for test in (larger, colour, dataclasses.replace(grey, num_classes=3)):
+        with pytest.raises(TrainerError, match="mine: expected test images"):
+            ImageDataset("mine", grey, test, (0.5,), (0.5,))
+    for part, values in ((grey, (0.5,) * 3), (colour, (0.5,))):
+        with pytest.raises(TrainerError, match="mine: expected mean and std of"):
+            ImageDataset("mine", part, part, values, values)
 
 
 @pytest.mark.parametrize("part", ["train", "test"])

@@ -209,14 +209,22 @@ def test_lists_of_images(tmp_path):
         (
             "train",
             "all images/0_0.png 0\nall images/1_0.png 2\n",
-            "train.txt: labels go to 2, but class 1 has no",
+            r"train.txt: no image of class 1, but labels of train.txt go to 2 \(1_0.png\)",
         ),
-        ("train", "all images/0_0.png 99999999999\n", "train.txt: labels go to 99999999999, but class 0 has no image"),
-        ("test", "all images/0_1.png 0\nall images/1_1.png 1\n", "test.txt: labels go to 2, but class 2 has no image"),
+        (
+            "train",
+            "all images/0_0.png 99999999999\n",
+            r"train.txt: no image of class 0, but labels of train.txt go to 99999999999 \(0_0",
+        ),
+        (
+            "test",
+            "all images/0_1.png 0\nall images/1_1.png 1\n",
+            r"test.txt: no image of class 2, but labels of train.txt go to 2 \(",
+        ),
         (
             "test",
             "".join(f"all images/0_1.png {label}\n" for label in (0, 1, 2, 3)),
-            r"test.txt: expected labels in 0..2 as in train.txt, got 3",
+            r"test.txt: expected labels in 0..2 as in train.txt, got 3 \(",
         ),
     ],
 )

@@ -187,6 +187,7 @@ def test_a_diverging_run_names_the_step_and_keeps_what_is_done(tmp_path, capsys)
         (["train"], "train: which recipe? known: digits"),
         (["train", "--seeds", "3"], "train: which recipe? known: digits"),
         (["train", "letters"], "unknown recipe 'letters': known are digits"),
+        (["train", "cifar10-lt-ldam-dwr"], "unknown recipe 'cifar10-lt-ldam-dwr': did you mean cifar10-lt-ldam-drw or"),
         (["train", "--from", "."], "--from: expected the recipe.json of a run, got a folder: ."),
         (["train", "--resume", __file__], "--resume: expected the folder of a run, got a file: "),
         (["train", "digits", "--data-root", "none"], "data root none: no such folder. Fetch https://"),

@@ -72,15 +72,20 @@ def load_list(root: Path, side: int = SIDE) -> ImageDataset:
     num_classes = max(train[1]) + 1
     if num_classes < 2:
         raise TrainerError(f"{root / 'train'}.txt: expected labels of at least 2 classes, got {num_classes}")
-    for part, (_, labels) in zip(PARTS, (train, test), strict=True):
+    for part, (files, labels) in zip(PARTS, (train, test), strict=True):
         present = set(labels)
         # The first gap comes before the number of labels, however large the largest is.
         gap = next((label for label in range(min(num_classes, len(present) + 1)) if label not in present), None)
         if gap is not None:
-            raise TrainerError(f"{root / part}.txt: labels go to {num_classes - 1}, but class {gap} has no image")
+            largest = train[0][train[1].index(num_classes - 1)]
+            raise TrainerError(
+                f"{root / part}.txt: no image of class {gap}, but labels of train.txt go to {num_classes - 1} "
+                f"({largest.name})"
+            )
         if max(present) >= num_classes:
             raise TrainerError(
-                f"{root / part}.txt: expected labels in 0..{num_classes - 1} as in train.txt, got {max(present)}"
+                f"{root / part}.txt: expected labels in 0..{num_classes - 1} as in train.txt, got {max(present)} "
+                f"({files[labels.index(max(present))].name})"
             )
     return _dataset("list", root, train, test, (), side)
 

@@ -28,6 +28,9 @@ class LabelledImages:
         num_classes: C.
         max_value: Brightest possible pixel.
         class_names: C names, or none.
+
+    Raises:
+        TrainerError: they are not as said here.
     """
 
     source: str
@@ -36,6 +39,20 @@ class LabelledImages:
     num_classes: int
     max_value: int
     class_names: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        images, labels = self.images, self.labels
+        if images.dtype != np.uint8 or images.ndim not in (3, 4) or images.shape[3:] not in ((), (3,)):
+            raise self._mistake("images (N, H, W) or (N, H, W, 3) uint8", f"{images.shape} {images.dtype}")
+        if labels.dtype != np.int64 or labels.shape != images.shape[:1]:
+            raise self._mistake(f"labels {images.shape[:1]} int64", f"{labels.shape} {labels.dtype}")
+        if len(labels) and not 0 <= labels.min() <= labels.max() < self.num_classes:
+            raise self._mistake(f"labels in 0..{self.num_classes - 1}", f"{labels.min()}..{labels.max()}")
+        if len(self.class_names) not in (0, self.num_classes):
+            raise self._mistake(f"{self.num_classes} class names or none", str(len(self.class_names)))
+
+    def _mistake(self, expected: str, found: str) -> TrainerError:
+        return TrainerError(f"{self.source}: expected {expected}, got {found}")
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -93,6 +110,9 @@ class ImageDataset:
         test: Balanced test images of the same size and classes.
         mean: Mean of each channel of the training images, pixels in [0, 1].
         std: Standard deviation of each channel, likewise.
+
+    Raises:
+        TrainerError: training and test images differ in size or number of classes, or a channel has no mean.
     """
 
     name: str
@@ -100,6 +120,19 @@ class ImageDataset:
     test: LabelledImages
     mean: tuple[float, ...]
     std: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        train, test = ((part.images.shape[1:], part.num_classes) for part in (self.train, self.test))
+        if train != test:
+            raise TrainerError(
+                f"{self.name}: expected test images {train[0]} of {train[1]} classes like the training images, "
+                f"got {test[0]} of {test[1]}"
+            )
+        channels = 3 if len(train[0]) == 3 else 1
+        if not len(self.mean) == len(self.std) == channels:
+            raise TrainerError(
+                f"{self.name}: expected mean and std of {channels} channels, got {len(self.mean)} and {len(self.std)}"
+            )
 
 
 def fingerprints(training: LabelledImages, test: LabelledImages) -> dict[str, str]:
