@@ -197,7 +197,7 @@ def _recipe_of(command: str, arguments: list[str], known: Sequence[str]) -> str:
     if not arguments or arguments[0].startswith("-"):
         raise TrainerError(f"{command}: which recipe? known: {', '.join(known)}")
     if arguments[0] not in known:
-        close = difflib.get_close_matches(arguments[0], known)
+        close = difflib.get_close_matches(arguments[0], known, cutoff=0.9)  # tasks share much of their names
         meant = f"did you mean {' or '.join(close)}? " if close else ""
         raise TrainerError(f"unknown recipe {arguments[0]!r}: {meant}known are {', '.join(known)}")
     return arguments[0]
