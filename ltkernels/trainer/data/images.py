@@ -122,13 +122,13 @@ class ImageDataset:
     std: tuple[float, ...]
 
     def __post_init__(self) -> None:
-        train, test = ((part.images.shape[1:], part.num_classes) for part in (self.train, self.test))
-        if train != test:
+        shape, classes = self.train.images.shape[1:], self.train.num_classes
+        if self.test.images.shape[1:] != shape or self.test.num_classes != classes:
             raise TrainerError(
-                f"{self.name}: expected test images {train[0]} of {train[1]} classes like the training images, "
-                f"got {test[0]} of {test[1]}"
+                f"{self.name}: expected test images {shape} of {classes} classes like the training images, "
+                f"got {self.test.images.shape[1:]} of {self.test.num_classes}"
             )
-        channels = 3 if len(train[0]) == 3 else 1
+        channels = 3 if len(shape) == 3 else 1
         if not len(self.mean) == len(self.std) == channels:
             raise TrainerError(
                 f"{self.name}: expected mean and std of {channels} channels, got {len(self.mean)} and {len(self.std)}"
